@@ -1,0 +1,200 @@
+"""Step 3: build TensorRT engines from the patched graphs.
+
+    python build_engine.py restormer
+    python build_engine.py trocr --precision fp16
+    python build_engine.py restormer --compute-capability 8.6 8.9
+
+Reads build/<model>/<part>.<precision>.onnx and leaves build/<model>/<part>.<precision>.engine.  With `tensorrt` and a
+GPU the engine is built for that GPU; on a machine without one, TensorRT-RTX (`pip install tensorrt-rtx`) builds for the
+compute capabilities asked for.  The plugin operators are built from their ONNX functions: engines need no library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, List
+
+from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
+from models.spec import Part, TensorSpec, Unusable
+
+COMPUTE_CAPABILITIES = ("8.9", "12.0")  # what TensorRT-RTX builds for unless asked otherwise
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """The TensorRT of this interpreter.  Everything that depends on its version is a capability asked for here."""
+
+    module: ModuleType
+    name: str
+    builds_without_gpu: bool
+
+    @property
+    def version(self) -> str:
+        return self.module.__version__
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @property
+    def network_flags(self) -> int:
+        """Explicit batch where it is still a choice, strong typing where it exists."""
+        flags = self.module.NetworkDefinitionCreationFlag
+        chosen = [getattr(flags, name) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(flags, name)]
+        return sum(1 << int(flag) for flag in chosen)
+
+    @property
+    def strongly_typed(self) -> bool:
+        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    def compute_capabilities(self, wanted: Sequence[str]) -> List[Any]:
+        """The module's constants for versions such as "8.9"; raises Unusable for one that it cannot build for."""
+        known = self.module.ComputeCapability
+        names = {f"{name[2:-1]}.{name[-1]}": name for name in dir(known) if name.startswith("SM")}
+        for version in wanted:
+            if version not in names:
+                choices = ", ".join(sorted(names, key=float))
+                raise Unusable(f"{self} cannot build for compute capability {version}: choose from {choices}")
+        return [getattr(known, names[version]) for version in wanted]
+
+
+def find_tensorrt() -> TensorRT:
+    """TensorRT where a GPU is there to build on, else TensorRT-RTX."""
+    if has_gpu():
+        try:
+            return TensorRT(importlib.import_module("tensorrt"), "TensorRT", builds_without_gpu=False)
+        except ImportError:
+            pass
+    try:
+        return TensorRT(importlib.import_module("tensorrt_rtx"), "TensorRT-RTX", builds_without_gpu=True)
+    except ImportError as problem:
+        raise Unusable(
+            "no TensorRT that can build here: use the container (./start.sh) on a machine with a GPU, "
+            "or `pip install tensorrt-rtx` on any"
+        ) from problem
+
+
+def has_gpu() -> bool:
+    """Whether the CUDA driver sees a device."""
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabilities: Sequence[str]) -> bytes:
+    """Parses a patched graph and builds its engine; raises Unusable with the nodes that TensorRT refuses."""
+    import onnx
+    from onnx import inliner
+
+    trt = tensorrt.module
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise Unusable(f"{tensorrt} cannot start a builder here: is a GPU with its driver there?")
+    network = builder.create_network(tensorrt.network_flags)
+    onnx_parser = trt.OnnxParser(network, logger)
+    model = inliner.inline_local_functions(onnx.load(source))
+    if not onnx_parser.parse(model.SerializeToString()):
+        errors = [describe(onnx_parser.get_error(index)) for index in range(onnx_parser.num_errors)]
+        raise Unusable(f"{tensorrt} cannot parse {source}: {'; '.join(errors)}")
+
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if precision == "fp16" and not tensorrt.strongly_typed:
+        config.set_flag(trt.BuilderFlag.FP16)
+    if tensorrt.builds_without_gpu:
+        chosen = tensorrt.compute_capabilities(capabilities)
+        config.num_compute_capabilities = len(chosen)
+        for index, capability in enumerate(chosen):
+            config.set_compute_capability(capability, index)
+    else:
+        # The sources whose libraries newer TensorRT lines no longer use either.
+        external = ("CUBLAS", "CUBLAS_LT", "CUDNN")
+        sources = config.get_tactic_sources()
+        for name in external:
+            if hasattr(trt.TacticSource, name):
+                sources &= ~(1 << int(getattr(trt.TacticSource, name)))
+        config.set_tactic_sources(sources)
+    profile = builder.create_optimization_profile()
+    for tensor in part.inputs:
+        profile.set_shape(tensor.name, *profile_shapes(part, tensor))
+    config.add_optimization_profile(profile)
+
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise Unusable(f"{tensorrt} failed to build {source}; its log above says why")
+    return bytes(engine)
+
+
+def profile_shapes(part: Part, tensor: TensorSpec) -> List[Sequence[int]]:
+    """The smallest, the usual and the largest shape of an input."""
+    return [
+        tensor.sizes({dim.name: getattr(dim, which) for dim in part.dims})
+        for which in ("minimum", "optimum", "maximum")
+    ]
+
+
+def describe(error: Any) -> str:
+    """A parser error with the node it is about, where this TensorRT tells it."""
+    node = error.node_name() if hasattr(error, "node_name") else f"node {error.node()}"
+    return f"{node}: {error.desc()}"
+
+
+def trtexec_line(tensorrt: TensorRT, part: Part, engine: Path) -> str:
+    """The command that times the engine at its usual shapes with NVIDIA's own tool."""
+    tool = "tensorrt_rtx" if tensorrt.builds_without_gpu else "trtexec"
+    shapes = ",".join(f"{tensor.name}:{'x'.join(map(str, profile_shapes(part, tensor)[1]))}" for tensor in part.inputs)
+    return f"{tool} --loadEngine={engine} --shapes={shapes}"
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--precision", choices=PRECISIONS, default="fp32", help="which patched graph (fp32)")
+    arguments.add_argument(
+        "--compute-capability",
+        nargs="+",
+        default=list(COMPUTE_CAPABILITIES),
+        metavar="X.Y",
+        help=f"what TensorRT-RTX builds for ({' '.join(COMPUTE_CAPABILITIES)})",
+    )
+    options = arguments.parse_args()
+    folder = BuildFolder(options.build_dir, options.model)
+    manifest = folder.manifest()
+    sources = {
+        part.name: folder.require(
+            folder.onnx(part.name, options.precision), "surgeon.py", "--precision", options.precision
+        )
+        for part in folder.parts()
+    }
+    tensorrt = find_tensorrt()
+    target = (
+        f"compute capability {', '.join(options.compute_capability)}" if tensorrt.builds_without_gpu else "this GPU"
+    )
+    print(f"building with {tensorrt} for {target}")
+    engines: Dict[str, Any] = {}
+    for part in folder.parts():
+        started = time.perf_counter()
+        engine = build(tensorrt, part, sources[part.name], options.precision, options.compute_capability)
+        path = folder.engine(part.name, options.precision)
+        with replacing(path) as temporary:
+            temporary.write_bytes(engine)
+        seconds = time.perf_counter() - started
+        engines[part.name] = {"built_with": str(tensorrt), "built_for": target, "build_s": round(seconds, 1)}
+        print(f"{path}: {len(engine) / 1e6:.1f} MB in {seconds:.1f} s\n  {trtexec_line(tensorrt, part, path)}")
+    manifest.setdefault("engines", {})[options.precision] = engines
+    folder.write_manifest(manifest)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

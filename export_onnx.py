@@ -1,0 +1,194 @@
+"""Step 1: export a model's parts from PyTorch to ONNX and check them against PyTorch.
+
+    python export_onnx.py restormer                               the demo variant
+    python export_onnx.py restormer --weights random              the published network, random weights
+    python export_onnx.py restormer --weights deblurring.pth      one of the authors' checkpoints, any task
+    python export_onnx.py trocr --weights microsoft/trocr-base-printed
+    python export_onnx.py trocr --weights random:small
+
+Leaves build/<model>/<part>.onnx, opset 17 (the newest that TensorRT 8.6 reads), with named dynamic axes, and the
+manifest.  Every part runs in ONNX Runtime at sizes that the exporter has not seen; the largest absolute error against
+PyTorch is printed.  Exit status 1 when it is too large, 2 when the weights cannot be used.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from models.chain import BuildFolder, parser, replacing, run_script
+from models.spec import ExportablePart, LoadedModel, Unusable
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 17
+# Rounding differs between the two runtimes, so errors grow with the values: this much of the largest is accepted.
+TOLERANCE = 1e-4
+
+
+def export(exportable: ExportablePart) -> onnx.ModelProto:
+    """Traces the part's module with the dynamo exporter and returns it as ONNX, opset 17."""
+    import torch
+
+    part = exportable.part
+    example = exportable.example(exportable.trace_at, np.random.default_rng(0))
+    dims = {
+        dim.name: dim.multiple_of * torch.export.Dim(dim.name) if dim.multiple_of > 1 else torch.export.Dim(dim.name)
+        for dim in part.dims
+    }
+    # The exporter sees the inputs as one *args tuple, hence the extra level.
+    dynamic_shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in part.inputs
+    )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every torchvision operator it cannot find
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter itself
+        program = torch.onnx.export(
+            exportable.module,
+            tuple(torch.from_numpy(example[tensor.name]) for tensor in part.inputs),
+            dynamo=True,
+            opset_version=OPSET + 1,  # the exporter's oldest
+            input_names=[tensor.name for tensor in part.inputs],
+            output_names=[tensor.name for tensor in part.outputs],
+            dynamic_shapes=dynamic_shapes,
+            verbose=False,
+        )
+    model = program.model_proto
+    name_after_modules(model)
+    lower_opset(model)
+    return model
+
+
+def name_after_modules(model: onnx.ModelProto) -> None:
+    """Names each node after the module it comes from and drops the exporter's notes, which hold source paths."""
+    for node in model.graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        scopes = notes.get("namespace", "").split("/")
+        module = scopes[-2].split(":")[0] if len(scopes) > 1 else ""
+        node.name = f"{module}/{node.output[0]}" if module else node.output[0]
+        del node.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
+        del value.metadata_props[:]
+    del model.metadata_props[:], model.graph.metadata_props[:]
+
+
+def lower_opset(model: onnx.ModelProto) -> None:
+    """Rewrites opset 18 as opset 17, in place.
+
+    `onnx.version_converter` has no way down for Split and the reductions, the only operators in our graphs that
+    changed.  Raises ValueError for any other.
+    """
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Split":
+            # Opset 17 splits into as many equal parts as there are outputs.
+            kept = [attribute for attribute in node.attribute if attribute.name != "num_outputs"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        elif node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+            axes = constants[node.input.pop()]
+            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("axes", axes.tolist())])
+        elif onnx.defs.get_schema(node.op_type, OPSET + 1, node.domain).since_version > OPSET:
+            raise ValueError(f"{node.name}: {node.op_type} of opset {OPSET + 1} has no known form in opset {OPSET}")
+    used = {name for node in model.graph.node for name in node.input}
+    kept_tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:], model.opset_import[:]
+    model.graph.initializer.extend(kept_tensors)
+    model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    model.ir_version = 8
+
+
+def check(exportable: ExportablePart, path: Path, input_sets: Sequence[Mapping[str, np.ndarray]]) -> tuple[float, bool]:
+    """Compares the graph at `path` in ONNX Runtime with PyTorch.
+
+    Returns the largest absolute error over all outputs, and whether every output is within TOLERANCE.
+    """
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    part = exportable.part
+    worst, passed = 0.0, True
+    for inputs in input_sets:
+        got = session.run([tensor.name for tensor in part.outputs], inputs)
+        with torch.inference_mode():
+            expected = exportable.module(*(torch.from_numpy(inputs[tensor.name]) for tensor in part.inputs))
+        for actual, reference in zip(got, as_arrays(expected), strict=True):
+            error = float(np.abs(actual - reference).max())
+            worst = max(worst, error)
+            passed = passed and error <= TOLERANCE * max(1.0, float(np.abs(reference).max()))  # False for NaN
+    return worst, passed
+
+
+def as_arrays(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> list[np.ndarray]:
+    return [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def export_model(folder: BuildFolder, loaded: LoadedModel, weights_argument: str) -> bool:
+    """Exports and checks every part; the manifest is written only when all passed."""
+    folder.manifest_path.unlink(missing_ok=True)  # what it described is about to be replaced
+    print(f"{folder.spec.title}: {loaded.weights}")
+    passed = True
+    for exportable in loaded.parts:
+        part, started = exportable.part, time.perf_counter()
+        model = export(exportable)
+        sets = [
+            exportable.example(dims, np.random.default_rng(n)) for n, dims in enumerate(exportable.check_at, start=1)
+        ]
+        path = folder.onnx(part.name)
+        with replacing(path) as temporary:
+            onnx.save(model, temporary)
+            onnx.checker.check_model(temporary, full_check=True)
+            error, part_passed = check(exportable, temporary, sets)
+        folder.write_check_inputs(part, sets)
+        passed = passed and part_passed
+        shapes = ", ".join("×".join(map(str, inputs[part.inputs[0].name].shape)) for inputs in sets)
+        print(
+            f"{path}: {len(model.graph.node)} nodes, max abs error {error:.1e} against PyTorch at {shapes}"
+            f"{'' if part_passed else ': FAILED'} ({time.perf_counter() - started:.0f} s)"
+        )
+    if passed:
+        loaded.save_assets(folder.path)
+        folder.write_manifest(
+            {
+                "model": folder.spec.name,
+                "weights": loaded.weights,
+                "weights_argument": weights_argument,
+                "parts": [exportable.part.to_json() for exportable in loaded.parts],
+                "settings": loaded.settings,
+            }
+        )
+    return passed
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--weights",
+        default="demo",
+        metavar="demo|random[:VARIANT]|FILE|FOLDER|HUB_ID",
+        help="restormer: a checkpoint file of the authors; trocr: a Hugging Face folder or hub id (demo)",
+    )
+    options = arguments.parse_args()
+    folder = BuildFolder(options.build_dir, options.model)
+    loaded = folder.spec.load(options.weights)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as problem:
+        raise Unusable(f"{folder.path} is not a folder: choose another --build-dir") from problem
+    return 0 if export_model(folder, loaded, options.weights) else 1
+
+
+if __name__ == "__main__":
+    run_script(main)

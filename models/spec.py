@@ -1,0 +1,219 @@
+"""The contract between a model and the chain.
+
+A model is a folder in `models/` whose `__init__.py` defines `SPEC`, a `ModelSpec`.  Nothing else lists the models.
+Importing a model folder imports no PyTorch; only `ModelSpec.load` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Protocol, Tuple, Union
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Unusable(Exception):
+    """What the user gave, or what a step before left, cannot be used.
+
+    The message is one line that says what is wrong and, where there is one, the command that mends it.
+    """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts: what is exported, patched, built and executed as one graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A named dynamic dimension and the range that engines are built for."""
+
+    name: str
+    minimum: int
+    optimum: int
+    maximum: int
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a part.
+
+    `shape` holds sizes and names of dims.  An `internal` tensor passes from part to part and never reaches the user:
+    it takes the precision of the graph (a K/V cache in FP16), while all others keep `dtype`.
+    """
+
+    name: str
+    dtype: str
+    shape: Tuple[Union[int, str], ...]
+    internal: bool = False
+
+    def sizes(self, dims: Mapping[str, int]) -> Tuple[int, ...]:
+        """The shape with every name replaced by its size in `dims`."""
+        return tuple(dims[size] if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a model.
+
+    `plugins` says how often each plugin's pattern occurs in it: surgery asserts these counts.
+    """
+
+    name: str
+    inputs: Tuple[TensorSpec, ...]
+    outputs: Tuple[TensorSpec, ...]
+    dims: Tuple[Dim, ...]
+    plugins: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> Dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Part:
+        def tensors(key: str) -> Tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data[key])
+
+        dims = tuple(Dim(**dim) for dim in data["dims"])
+        return Part(data["name"], tensors("inputs"), tensors("outputs"), dims, dict(data["plugins"]))
+
+
+@dataclass(frozen=True)
+class ExportablePart:
+    """A part together with the PyTorch module that computes it.
+
+    module    forward(*inputs) → tuple of outputs, both in the order of `part`
+    example   (dims, random generator) → valid random inputs by name
+    trace_at  sizes of the dims for the example that the exporter sees; 0 and 1 are special to it: avoid them
+    check_at  sizes at which the exported graph is compared with the module
+    """
+
+    part: Part
+    module: nn.Module
+    example: Callable[[Mapping[str, int], np.random.Generator], Dict[str, np.ndarray]]
+    trace_at: Mapping[str, int]
+    check_at: Sequence[Mapping[str, int]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Execution
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Executor(Protocol):
+    """Runs the parts of one model.
+
+    Outputs that are not internal are numpy arrays.  Internal ones are opaque: they stay wherever the executor keeps
+    them and are only handed back to it.
+    """
+
+    def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
+        """Runs `part` on inputs by name and returns its outputs by name."""
+
+    def zeros(self, part: str, name: str, dims: Mapping[str, int]) -> Any:
+        """A zero-filled value for the internal input `name` of `part`."""
+
+    def rows(self, value: Any, indices: np.ndarray) -> Any:
+        """An internal value whose row i is `value`'s row `indices[i]` (axis 0)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights, in PyTorch on the CPU.
+
+    weights      one line for every report: where the weights come from, variant, parameter count, seed if random
+    settings     all that pre- and post-processing need, as JSON: it travels in the manifest
+    original     items → results with the model as its authors run it; None where that is `ModelSpec.run` on the parts
+    save_assets  writes further files that execution needs (a tokenizer) into the build folder
+    """
+
+    weights: str
+    parts: Sequence[ExportablePart]
+    settings: Dict[str, Any]
+    original: Optional[Callable[[Sequence[Any]], List[Any]]] = None
+    save_assets: Callable[[Path], None] = lambda folder: None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input of a comparison; `truth` is what the ideal result would be (an image, a text)."""
+
+    name: str
+    item: Any
+    truth: Any
+
+
+class ResultWriter(Protocol):
+    def write(self, path: Path, item: Any, result: Any) -> None:
+        """Shows or stores the result for the input file `path`."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit that `compare.py` enforces on a metric."""
+
+    metric: str
+    limit: float
+    at_least: bool = False
+
+    def met(self, value: float) -> bool:
+        """NaN never meets a bar."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the chain needs to know of a model.
+
+    load        weights argument → LoadedModel (see `export_onnx.py --help`); the only function that imports PyTorch
+    is_input    (file in an input folder, settings) → whether it is one, rather than a companion of another
+    read        (file, settings) → item; raises Unusable with the file's name
+    run         (executor, settings, build folder, items) → results
+    batch_size  how many items one call of `run` should get
+    writer      (-o argument or None) → context manager giving a ResultWriter; nothing half-written remains on failure
+    samples     settings → the built-in samples
+    write_samples  (settings, folder) → stores the samples as files, with a labels.tsv that `labelled` reads
+    labelled    (settings, image folder, labels file) → samples from the user's own data
+    score       (results, truths) → metrics in the users' units, for example {"PSNR dB": 31.2}
+    difference  (reference results, results) → metrics of one executor against another
+    bars        precision → limits on "part max abs" (largest absolute error of any part) and on `difference`'s metrics
+    """
+
+    name: str
+    title: str
+    load: Callable[[str], LoadedModel]
+    read: Callable[[Path, Mapping[str, Any]], Any]
+    run: Callable[[Executor, Mapping[str, Any], Path, Sequence[Any]], List[Any]]
+    batch_size: int
+    writer: Callable[[Optional[Path]], AbstractContextManager[ResultWriter]]
+    samples: Callable[[Mapping[str, Any]], List[Sample]]
+    write_samples: Callable[[Mapping[str, Any], Path], None]
+    labelled: Callable[[Mapping[str, Any], Path, Path], List[Sample]]
+    score: Callable[[Sequence[Any], Sequence[Any]], Dict[str, float]]
+    difference: Callable[[Sequence[Any], Sequence[Any]], Dict[str, float]]
+    bars: Mapping[str, Sequence[Bar]]
+    is_input: Callable[[Path, Mapping[str, Any]], bool] = lambda path, settings: True
+
+
+def model_names() -> List[str]:
+    """The names of the model folders."""
+    return sorted(folder.name for folder in Path(__file__).parent.iterdir() if (folder / "__init__.py").is_file())
+
+
+def find_model(name: str) -> ModelSpec:
+    """The spec of the model `name`; raises Unusable if there is none."""
+    if name not in model_names():
+        raise Unusable(f"unknown model {name!r}: choose one of {', '.join(model_names())}")
+    return importlib.import_module(f"models.{name}").SPEC

@@ -1,0 +1,41 @@
+"""TrOCR: text recognition by a vision transformer and a text decoder (Li et al., AAAI 2023).
+
+Parts: `encoder` once for each image, `prefill` once for each image (keys and values of the cross-attention), `step`
+once for each token with a K/V cache of fixed capacity.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from models.spec import Bar, ModelSpec
+from models.trocr import images, metric, pipeline, samples
+
+if TYPE_CHECKING:
+    from models.spec import LoadedModel
+
+
+def load(weights: str) -> LoadedModel:
+    from models.trocr import network  # brings PyTorch and transformers
+
+    return network.load(weights)
+
+
+SPEC = ModelSpec(
+    name="trocr",
+    title="TrOCR",
+    load=load,
+    read=images.read,
+    run=pipeline.run,
+    batch_size=16,
+    writer=pipeline.writer,
+    samples=samples.samples,
+    write_samples=samples.write_samples,
+    labelled=samples.labelled,
+    score=metric.score,
+    difference=metric.difference,
+    bars={
+        "fp32": (Bar("part max abs", 1e-3), Bar("differing outputs", 0)),
+        "fp16": (Bar("part max abs", 5e-2), Bar("CER % against reference", 1.0)),
+    },
+)

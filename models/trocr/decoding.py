@@ -1,0 +1,224 @@
+"""Greedy and beam search over an executor, in numpy, token for token what transformers' `generate` returns.
+
+Rows are sequences being decoded: one for each image, or with beam search `num_beams` for each image, image by image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+from models.spec import Executor
+
+# What transformers adds to a score to put it out of the running.  Not -inf: scores stay comparable in float32.
+OUT = np.float32(-1e9)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The generation settings that decoding follows, under the meanings that transformers gives them.
+
+    Lengths count the start token.  `eos` may be empty: then every row runs to `max_length`.
+    """
+
+    start: int
+    eos: Tuple[int, ...]
+    pad: int
+    max_length: int
+    min_length: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: Union[bool, str] = False
+    no_repeat_ngram_size: int = 0
+    forced_bos: Optional[int] = None
+    forced_eos: Tuple[int, ...] = ()
+    suppress: Tuple[int, ...] = ()
+    begin_suppress: Tuple[int, ...] = ()
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Generation:
+        fields: Dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return Generation(**fields)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Token ids without the start token and without padding (the end token is kept), and a beam search's score."""
+
+    ids: List[int]
+    score: Optional[float] = None
+
+
+class StepLoop:
+    """Runs the decoder part token by token and keeps its K/V cache, which starts out empty.
+
+    cross     outputs of the prefill part by name, with one row for each row that is decoded
+    capacity  how many positions the cache holds
+    """
+
+    def __init__(self, executor: Executor, cross: Mapping[str, Any], rows: int, capacity: int, layers: int) -> None:
+        self._executor = executor
+        self._cross = cross
+        self._cache_names = [f"self_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
+        dims = {"batch": rows, "length": capacity}
+        self._cache: Dict[str, Any] = {name: executor.zeros("step", name, dims) for name in self._cache_names}
+
+    def logits(self, tokens: np.ndarray, position: int) -> np.ndarray:
+        """Feeds tokens (rows,) at `position` and returns the logits (rows, vocabulary) of the token after them."""
+        outputs = self._executor.run(
+            "step",
+            {
+                "input_ids": tokens.astype(np.int32)[:, None],
+                "position": np.array([position], np.int32),
+                **self._cache,
+                **self._cross,
+            },
+        )
+        self._cache = {name: outputs[name.replace("self", "present")] for name in self._cache_names}
+        return outputs["logits"]
+
+    def reorder(self, parents: np.ndarray) -> None:
+        """Row i continues what row `parents[i]` has decoded.  Both belong to one image: `cross` stays as it is."""
+        if not np.array_equal(parents, np.arange(len(parents))):
+            self._cache = {name: self._executor.rows(value, parents) for name, value in self._cache.items()}
+
+
+def restrict(scores: np.ndarray, sequences: np.ndarray, generation: Generation) -> np.ndarray:
+    """A copy of scores (rows, vocabulary) in which forbidden continuations of sequences (rows, length) are -inf.
+
+    The order is that of transformers' logits processors, and matters where a forced token is also suppressed.
+    """
+    scores = np.array(scores, np.float32)
+    length = sequences.shape[1]
+    ngram = generation.no_repeat_ngram_size
+    if 0 < ngram <= length:
+        windows = np.lib.stride_tricks.sliding_window_view(sequences, ngram, axis=1)  # (rows, length-ngram+1, ngram)
+        suffix = sequences[:, None, length + 1 - ngram :]
+        rows, places = np.nonzero((windows[..., :-1] == suffix).all(axis=-1))
+        scores[rows, windows[rows, places, -1]] = -np.inf
+    if length < generation.min_length:
+        scores[:, generation.eos] = -np.inf
+    if generation.forced_bos is not None and length == 1:
+        scores = force(scores, (generation.forced_bos,))
+    if generation.forced_eos and length == generation.max_length - 1:
+        scores = force(scores, generation.forced_eos)
+    scores[:, generation.suppress] = -np.inf
+    if length == (1 if generation.forced_bos is None else 2):
+        scores[:, generation.begin_suppress] = -np.inf
+    return scores
+
+
+def force(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Scores of the same shape that leave only `tokens` possible."""
+    forced = np.full_like(scores, -np.inf)
+    forced[:, tokens] = 0
+    return forced
+
+
+def greedy_search(steps: StepLoop, rows: int, generation: Generation) -> List[Decoded]:
+    """The most probable token at each step; each row ends by itself."""
+    sequences = np.full((rows, generation.max_length), generation.pad, np.int64)
+    sequences[:, 0] = generation.start
+    lengths = np.ones(rows, np.int64)
+    alive = np.ones(rows, bool)
+    for length in range(1, generation.max_length):
+        logits = steps.logits(sequences[:, length - 1], length - 1)
+        tokens = restrict(logits, sequences[:, :length], generation).argmax(axis=-1)
+        sequences[alive, length] = tokens[alive]
+        lengths[alive] += 1
+        alive &= ~np.isin(tokens, generation.eos)
+        if not alive.any():
+            break
+    return [Decoded(row[1:length].tolist()) for row, length in zip(sequences, lengths)]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices (images, count) of the highest scores (images, n), highest first."""
+    found = np.argpartition(-scores, count - 1, axis=-1)[:, :count]
+    order = np.argsort(-np.take_along_axis(scores, found, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(found, order, axis=-1)
+
+
+def beam_search(steps: StepLoop, images: int, generation: Generation) -> List[Decoded]:
+    """The best of `num_beams` hypotheses of each image.
+
+    Finished hypotheses are ranked by log probability / generated length ** length_penalty.
+    """
+    g = generation
+    beams, max_length = g.num_beams, g.max_length
+    # Each beam can end in as many ways as there are end tokens: with so many candidates, `beams` go on in any case.
+    kept = max(2, 1 + len(g.eos)) * beams
+    image = np.arange(images)[:, None]
+
+    running = np.full((images, beams, max_length), g.pad, np.int64)
+    running[:, :, 0] = g.start
+    running_scores = np.zeros((images, beams), np.float32)
+    running_scores[:, 1:] = OUT  # all beams start alike: only the first may branch
+
+    done = running.copy()
+    done_lengths = np.ones((images, beams), np.int64)
+    done_scores = np.full((images, beams), OUT, np.float32)
+    is_done = np.zeros((images, beams), bool)
+    improvable = np.ones((images, 1), bool)
+
+    for length in range(1, max_length):
+        sequences = running[:, :, :length].reshape(images * beams, length)
+        log_probabilities = log_softmax(np.asarray(steps.logits(sequences[:, -1], length - 1), np.float32))
+        totals = restrict(log_probabilities, sequences, g).reshape(images, beams, -1) + running_scores[:, :, None]
+        vocabulary = totals.shape[-1]
+
+        totals = totals.reshape(images, -1)
+        candidates = best(totals, kept)
+        scores = np.take_along_axis(totals, candidates, axis=1)
+        parents, tokens = np.divmod(candidates, vocabulary)
+        extended = running[image, parents]
+        extended[:, :, length] = tokens
+        ended = np.isin(tokens, g.eos) | (length + 1 == max_length)
+
+        going_on: np.ndarray = scores + ended * OUT
+        chosen = best(going_on, beams)
+        running = extended[image, chosen]
+        running_scores = np.take_along_axis(going_on, chosen, axis=1)
+
+        # A candidate that ends competes with the hypotheses done before, if it is among the best `beams` of this step.
+        ended_now = ended & (np.arange(kept) < beams)
+        scores = scores / np.float32(length**g.length_penalty)
+        scores += (is_done.all(axis=1, keepdims=True) & (g.early_stopping is True)) * OUT
+        scores += ~improvable * OUT
+        scores += ~ended_now * OUT
+        merged_scores = np.concatenate([done_scores, scores], axis=1)
+        ranking = best(merged_scores, beams)
+        done_scores = np.take_along_axis(merged_scores, ranking, axis=1)
+        done = np.concatenate([done, extended], axis=1)[image, ranking]
+        new_lengths = np.full_like(candidates, length + 1)
+        done_lengths = np.concatenate([done_lengths, new_lengths], axis=1)[image, ranking]
+        is_done = np.concatenate([is_done, ended_now], axis=1)[image, ranking]
+
+        reachable = max_length - 1 if g.early_stopping == "never" and g.length_penalty > 0 else length
+        hoped_for = running_scores[:, :1] / np.float32(reachable**g.length_penalty)
+        worst = np.where(is_done, done_scores.min(axis=1, keepdims=True), OUT)
+        improvable &= (hoped_for > worst).any(axis=1, keepdims=True)
+        if not improvable.any() or (is_done.all() and g.early_stopping is True):
+            break
+        steps.reorder((np.take_along_axis(parents, chosen, axis=1) + image * beams).ravel())
+
+    return [Decoded(done[i, 0, 1 : done_lengths[i, 0]].tolist(), float(done_scores[i, 0])) for i in range(images)]
+
+
+def decode(
+    executor: Executor, encoder_hidden: Any, images: int, generation: Generation, layers: int, capacity: int
+) -> List[Decoded]:
+    """Decodes the encoder's output, an internal value of `images` rows, with a cache of `capacity` positions."""
+    cross = executor.run("prefill", {"encoder_hidden": encoder_hidden})
+    beams = generation.num_beams
+    if beams > 1:
+        cross = {name: executor.rows(value, np.repeat(np.arange(images), beams)) for name, value in cross.items()}
+    steps = StepLoop(executor, cross, images * beams, capacity, layers)
+    return (beam_search if beams > 1 else greedy_search)(steps, images, generation)

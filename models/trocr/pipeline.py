@@ -1,0 +1,81 @@
+"""From images to texts with any executor, and what is shown and stored of them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Iterator, List, Mapping, Optional, Sequence
+
+from PIL import Image
+
+from models.chain import replacing
+from models.spec import Executor, ResultWriter, Unusable
+from models.trocr import tokenizer
+from models.trocr.decoding import Decoded, Generation, decode
+from models.trocr.images import preprocess
+
+CACHE_STEP = 8  # cache capacities are multiples of this: few distinct shapes, aligned rows
+MAX_ROWS = 32  # largest batch that engines are built for; a beam search takes num_beams rows for each image
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """The text of one image, its token ids (no start token, no padding; the end token is kept), a beam search's score
+    (log probability / length ** length_penalty)."""
+
+    text: str
+    ids: List[int]
+    score: Optional[float] = None
+
+
+def cache_capacity(max_length: int, max_positions: int) -> int:
+    """Positions of the K/V cache for sequences of up to `max_length` tokens."""
+    return min(-(-max_length // CACHE_STEP) * CACHE_STEP, max_positions)
+
+
+def results_of(decoded: Sequence[Decoded], reader: tokenizer.Tokenizer, clean_up: bool) -> List[TextResult]:
+    return [TextResult(tokenizer.text_of(reader, one.ids, clean_up), one.ids, one.score) for one in decoded]
+
+
+def run(
+    executor: Executor, settings: Mapping[str, Any], folder: Path, items: Sequence[Image.Image]
+) -> List[TextResult]:
+    """Recognises the text in each image; `folder` holds the tokenizer."""
+    reader = tokenizer.saved(folder)
+    generation = Generation.from_json(settings["generation"])
+    capacity = cache_capacity(generation.max_length, settings["max_positions"])
+    at_once = max(1, MAX_ROWS // generation.num_beams)
+    decoded: List[Decoded] = []
+    for start in range(0, len(items), at_once):
+        batch = items[start : start + at_once]
+        pixel_values = preprocess(batch, settings["images"])
+        hidden = executor.run("encoder", {"pixel_values": pixel_values})["encoder_hidden"]
+        decoded += decode(executor, hidden, len(batch), generation, settings["layers"], capacity)
+    return results_of(decoded, reader, settings["clean_up"])
+
+
+class TextWriter:
+    """Prints `<path>TAB<text>`, and writes {"path", "text", "ids"} as a line of JSON where there is a file for it."""
+
+    def __init__(self, lines: Optional[IO[str]]) -> None:
+        self._lines = lines
+
+    def write(self, path: Path, item: Any, result: TextResult) -> None:
+        print(f"{path}\t{result.text}", flush=True)
+        if self._lines:
+            line = {"path": str(path), "text": result.text, "ids": result.ids}
+            self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def writer(out: Optional[Path]) -> Iterator[ResultWriter]:
+    """Shows results; with a file `out` also stores them there, once all are written."""
+    if out is None:
+        yield TextWriter(None)
+        return
+    if out.is_dir():
+        raise Unusable(f"{out} is a folder: -o takes the name of a file of JSON lines")
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as lines:
+        yield TextWriter(lines)

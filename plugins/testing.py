@@ -1,0 +1,97 @@
+"""What the plugins' tests share: one-node models, their run in ONNX Runtime, and small exported graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import torch
+from onnx import helper
+
+import plugins
+from export_onnx import OPSET, export
+from models.spec import Dim, ExportablePart, Part, TensorSpec
+from plugins.matching import Match
+from surgeon import finish, graft
+
+# The functions compute in FP32 and round once, to the type of the input: half a unit in the last place of a value near
+# one, and some rounding of FP32 sums over up to a few hundred terms.
+TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float16): 1e-3}
+
+
+def one_node_model(
+    plugin: plugins.Plugin, inputs: Mapping[str, np.ndarray], outputs: int, **attributes: Any
+) -> onnx.ModelProto:
+    """A model whose graph is a single node of the plugin's operator, with its function.
+
+    The rank and type of output i are those of input i or, beyond them, of the first input.
+    """
+    arrays = list(inputs.values())
+    node = helper.make_node(
+        plugin.op,
+        list(inputs),
+        [f"out{index}" for index in range(outputs)],
+        domain=plugins.DOMAIN,
+        plugin_version=plugins.VERSION,
+        plugin_namespace=plugins.DOMAIN,
+        **attributes,
+    )
+    dtype = helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
+    graph = helper.make_graph(
+        [node],
+        plugin.name,
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in inputs.items()
+        ],
+        [helper.make_tensor_value_info(f"out{index}", dtype, None) for index in range(outputs)],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(plugins.DOMAIN, 1)]
+    return helper.make_model(graph, functions=[plugin.function], opset_imports=opsets, ir_version=8)
+
+
+def run_function(
+    plugin: plugins.Plugin, inputs: Mapping[str, np.ndarray], outputs: int = 1, **attributes: Any
+) -> list[np.ndarray]:
+    """The plugin's ONNX function in ONNX Runtime."""
+    model = one_node_model(plugin, inputs, outputs, **attributes)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, dict(inputs))
+
+
+def assert_close(actual: np.ndarray, expected: torch.Tensor | np.ndarray) -> None:
+    """Equal shape and type, and equal values within TOLERANCE of the largest."""
+    reference = expected.numpy() if isinstance(expected, torch.Tensor) else expected
+    assert actual.shape == reference.shape
+    assert actual.dtype == reference.dtype
+    scale = max(1.0, float(np.abs(reference).max(initial=0)))
+    np.testing.assert_allclose(
+        actual.astype(np.float64), reference.astype(np.float64), rtol=0, atol=TOLERANCE[actual.dtype] * scale
+    )
+
+
+def export_graph(
+    module: torch.nn.Module, shape: Sequence[int | str], example: Mapping[str, int], multiple_of: int = 1
+) -> gs.Graph:
+    """A one-input module as `export_onnx.py` writes it, with the named axes of `shape` dynamic."""
+    names = [size for size in shape if isinstance(size, str)]
+    dims = tuple(Dim(name, 1, 8, 64, 1 if name == "batch" else multiple_of) for name in names)
+    part = Part("part", (TensorSpec("x", "float32", tuple(shape)),), (TensorSpec("y", "float32", tuple(shape)),), dims)
+
+    def inputs(sizes: Mapping[str, int], random: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"x": random.standard_normal(part.inputs[0].sizes(sizes), dtype=np.float32)}
+
+    return gs.import_onnx(export(ExportablePart(part, module.eval(), inputs, example, ())))
+
+
+def grafted(graph: gs.Graph, plugin: plugins.Plugin, matches: Sequence[Match]) -> onnxruntime.InferenceSession:
+    """The graph with its matches replaced, ready to run."""
+    for match in matches:
+        graft(graph, plugin, match)
+    model = finish(graph, [plugin.name])
+    assert [node.op_type for node in model.graph.node].count(plugin.op) == len(matches)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -1,0 +1,256 @@
+"""Step 2: replace PixelShuffle, LayerNorm, attention and gate subgraphs by plugin nodes.
+
+    python surgeon.py restormer                                   FP32
+    python surgeon.py trocr --precision fp16
+    python surgeon.py restormer --without transposed_attention    leave one pattern as the exporter wrote it
+    python surgeon.py restormer --without all                     only set the precision: the baseline without plugins
+
+Reads build/<model>/<part>.onnx and leaves build/<model>/<part>.<precision>.onnx.  Patterns are matched by topology and
+counted; a count that differs from what the model must have is an error.  The patched graph carries, for every plugin
+node, an ONNX local function of the same meaning, so ONNX Runtime runs it as it is; its outputs are compared with the
+exported graph's on random inputs (FP32: exit status 1 above 1e-5 of the largest value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+import plugins
+from export_onnx import OPSET
+from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
+from models.spec import Part, Unusable
+from plugins.matching import Match
+
+# Operators whose sums or quotients leave the range or the resolution of FP16.
+ALWAYS_FP32 = {"Softmax", "LayerNormalization", "ReduceMean", "ReduceSum", "ReduceL2", "Pow", "Sqrt", "Exp", "Range"}
+TOLERANCE = 1e-5  # of the largest value, for FP32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grafting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_matches(graph: gs.Graph, part: Part, path: Path) -> dict[str, list[Match]]:
+    """Every plugin's matches; raises Unusable where their number is not the one that the part must have."""
+    found = {name: plugins.find(name).pattern.matches(graph) for name in plugins.names()}
+    wrong = [
+        f"{name} occurs {len(matches)} times instead of {part.plugins.get(name, 0)}"
+        for name, matches in found.items()
+        if len(matches) != part.plugins.get(name, 0)
+    ]
+    if wrong:
+        raise Unusable(f"{path} lacks the expected patterns: {'; '.join(wrong)}")
+    return {name: matches for name, matches in found.items() if matches}
+
+
+def graft(graph: gs.Graph, plugin: plugins.Plugin, match: Match) -> None:
+    """Lets one plugin node produce the outputs of a matched subgraph."""
+    producer = match.outputs[0].inputs[0]
+    scope, separator, _ = producer.name.rpartition("/")
+    node = gs.Node(
+        op=plugin.op,
+        name=f"{scope}{separator}{plugin.op}_{match.outputs[0].name}",
+        attrs={**match.attributes, "plugin_version": plugins.VERSION, "plugin_namespace": plugins.DOMAIN},
+        inputs=list(match.inputs),
+        domain=plugins.DOMAIN,
+    )
+    for tensor in match.outputs:
+        tensor.inputs.clear()
+        node.outputs.append(tensor)
+    graph.nodes.append(node)
+
+
+def finish(graph: gs.Graph, used: Collection[str]) -> onnx.ModelProto:
+    """The graph as a model that holds the functions of the `used` plugins, checked."""
+    graph.cleanup().toposort()
+    graph.import_domains = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(plugins.DOMAIN, 1)]
+    model = gs.export_onnx(graph)
+    model.ir_version = 8
+    model.functions.extend(plugins.find(name).function for name in sorted(used))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_fp16(graph: gs.Graph, part: Part, keep_fp32: Collection[gs.Node]) -> None:
+    """Types the graph as FP16, except ALWAYS_FP32 operators and the nodes in `keep_fp32`.
+
+    Graph inputs and outputs keep their types, internal ones become FP16; casts stand where types meet.
+    """
+    kept = {id(node) for node in keep_fp32}
+    specs = {tensor.name: tensor for tensor in (*part.inputs, *part.outputs)}
+    graph.toposort()
+    casts = Casts()
+    for tensor in graph.inputs:
+        if is_float(tensor) and specs[tensor.name].internal:
+            tensor.dtype = np.dtype(np.float16)
+    outputs = {id(tensor): tensor for tensor in graph.outputs}
+    for node in graph.nodes:
+        if node.op == "Shape":
+            continue
+        dtype = np.dtype(np.float32 if node.op in ALWAYS_FP32 or id(node) in kept else np.float16)
+        for index, tensor in enumerate(node.inputs):
+            if is_float(tensor):
+                node.inputs[index] = casts.cast(tensor, dtype)
+        if node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT:
+            node.attrs["to"] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        for index, tensor in enumerate(node.outputs):
+            if not is_float(tensor):
+                continue
+            wanted = outputs.get(id(tensor))
+            if wanted is not None and not specs[tensor.name].internal and dtype != np.float32:
+                node.outputs[index] = casts.output(tensor, dtype)
+            else:
+                tensor.dtype = dtype
+    for tensor in graph.outputs:
+        if is_float(tensor) and specs[tensor.name].internal and tensor.dtype != np.float16:
+            raise ValueError(f"{tensor.name} is internal but produced in {tensor.dtype}")
+    graph.nodes.extend(casts.nodes)
+    graph.toposort()
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    return tensor.dtype in (np.float32, np.float16)
+
+
+class Casts:
+    """Makes each conversion once and shares it among its users."""
+
+    def __init__(self) -> None:
+        self.nodes: list[gs.Node] = []
+        self.made: dict[tuple[int, np.dtype], gs.Tensor] = {}
+
+    def cast(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
+        """`tensor` in `dtype`; constants are converted here, FP32 values beyond FP16's range to its largest."""
+        if tensor.dtype == dtype:
+            return tensor
+        key = id(tensor), dtype
+        if key not in self.made:
+            name = f"{tensor.name}.{dtype.name}"
+            if isinstance(tensor, gs.Constant):
+                limit = np.finfo(dtype).max
+                self.made[key] = gs.Constant(name, tensor.values.clip(-limit, limit).astype(dtype))
+            else:
+                self.made[key] = gs.Variable(name, dtype, tensor.shape)
+                self.nodes.append(
+                    gs.Node(
+                        "Cast", name, {"to": onnx.helper.np_dtype_to_tensor_dtype(dtype)}, [tensor], [self.made[key]]
+                    )
+                )
+        return self.made[key]
+
+    def output(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
+        """A tensor in `dtype` to produce instead of the graph output `tensor`, which becomes its cast."""
+        inner = gs.Variable(f"{tensor.name}.{dtype.name}", dtype, tensor.shape)
+        for consumer in list(tensor.outputs):
+            for index, used in enumerate(consumer.inputs):
+                if used is tensor:
+                    consumer.inputs[index] = inner
+        self.nodes.append(gs.Node("Cast", f"{tensor.name}.cast", {"to": onnx.TensorProto.FLOAT}, [inner], [tensor]))
+        return inner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def largest_errors(folder: BuildFolder, part: Part, patched: Path, precision: str) -> tuple[float, float]:
+    """Largest error of the patched graph against the exported one in ONNX Runtime: absolute, and as a share of the
+    largest value of the same output."""
+    import onnxruntime
+
+    sessions = [
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for path in (folder.onnx(part.name), patched)
+    ]
+    names = [tensor.name for tensor in part.outputs]
+    absolute = relative = 0.0
+    for inputs in folder.check_inputs(part):
+        expected = sessions[0].run(names, inputs)
+        actual = sessions[1].run(names, in_precision(part, inputs, precision))
+        for reference, values in zip(expected, actual, strict=True):
+            error = float(np.abs(values.astype(np.float32) - reference).max())
+            absolute = float(np.maximum(absolute, error))  # keeps NaN
+            relative = float(np.maximum(relative, error / max(1.0, float(np.abs(reference).max()))))
+    return absolute, relative
+
+
+def in_precision(part: Part, inputs: Mapping[str, np.ndarray], precision: str) -> dict[str, np.ndarray]:
+    """The inputs as a graph of that precision takes them: internal ones in its own type."""
+    internal = {tensor.name for tensor in part.inputs if tensor.internal}
+    dtype = np.float16 if precision == "fp16" else np.float32
+    return {name: values.astype(dtype) if name in internal else values for name, values in inputs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[str]) -> tuple[dict[str, Any], bool]:
+    """Patches one part.  Returns what the manifest should say of it, and whether its outputs are right."""
+    source = folder.require(folder.onnx(part.name), "export_onnx.py")
+    try:
+        graph = gs.import_onnx(onnx.load(source))
+    except Exception as problem:  # protobuf's errors have no common type
+        command = folder.command("export_onnx.py")
+        raise Unusable(f"{source} is not a readable ONNX file: run `{command}` again") from problem
+    nodes_before = len(graph.nodes)
+    found = find_matches(graph, part, source)
+    for name, matches in found.items():
+        if name not in without:
+            for match in matches:
+                graft(graph, plugins.find(name), match)
+    graph.cleanup()
+    if precision == "fp16":
+        left = [node for name in found if name in without for match in found[name] for node in match.nodes]
+        to_fp16(graph, part, left)
+    used = [name for name in found if name not in without]
+    model = finish(graph, used)
+    target = folder.onnx(part.name, precision)
+    with replacing(target) as temporary:
+        onnx.save(model, temporary)
+        absolute, relative = largest_errors(folder, part, temporary, precision)
+    passed = relative <= TOLERANCE if precision == "fp32" else np.isfinite(relative)
+    counts = {name: len(found[name]) for name in used}
+    print(f"{target}: {nodes_before} → {len(model.graph.node)} nodes, {listed(counts) or 'no plugins'}")
+    verdict = "" if passed else ": FAILED"
+    print(f"  against {source.name} in ONNX Runtime: max abs error {absolute:.1e}, relative {relative:.1e}{verdict}")
+    return {"plugins": counts, "max_abs_error": absolute}, bool(passed)
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the patched graph (fp32)")
+    arguments.add_argument(
+        "--without", nargs="+", default=[], metavar="PLUGIN", help=f"from {', '.join(plugins.names())}, or all"
+    )
+    options = arguments.parse_args()
+    without = plugins.names() if options.without == ["all"] else [plugins.find(name).name for name in options.without]
+    folder = BuildFolder(options.build_dir, options.model)
+    manifest = folder.manifest()
+    patched, passed = {}, True
+    for part in folder.parts():
+        patched[part.name], part_passed = patch(folder, part, options.precision, without)
+        passed = passed and part_passed
+    manifest.setdefault("patched", {})[options.precision] = patched
+    folder.write_manifest(manifest)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -35,7 +35,7 @@ import numpy as np
 
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor, tensorrt_obstacle
 from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
-from models.spec import Bar, Executor, LoadedModel, Sample, Unusable
+from models.spec import Bar, Executor, LoadedModel, Part, Sample, Unusable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,7 +183,8 @@ def error_statistics(reference: np.ndarray, values: np.ndarray) -> Dict[str, flo
     """
     absolute = np.abs(values.astype(np.float64) - reference)
     magnitude = np.abs(reference)
-    relative = absolute / np.maximum(magnitude, max(1e-3 * float(magnitude.max()), np.finfo(np.float32).tiny))
+    smallest = max(1e-3 * float(magnitude.max()), float(np.finfo(np.float32).tiny))
+    relative = absolute / np.maximum(magnitude, smallest)
     return {
         f"{kind} {name}": float(function(errors))
         for kind, errors in (("abs", absolute), ("rel", relative))
@@ -202,16 +203,13 @@ def evaluate(
 ) -> Dict[str, Any]:
     """One executor's row of the report."""
     spec = folder.spec
-    parts = {
-        name: error_statistics(
-            np.concatenate([values.ravel() for values in outputs.values()]),
-            np.concatenate([measured.parts[name][output].ravel() for output in outputs]),
-        )
-        for name, outputs in reference.parts.items()
+    errors = {
+        name: error_statistics(*(concatenated(run.parts[part], outputs) for run in (reference, measured)))
+        for name, (part, outputs) in output_groups(folder.parts()).items()
     }
     row: Dict[str, Any] = {
         "environment": measured.environment,
-        "parts": parts,
+        "errors": errors,
         "part_ms": {name: latency(values) for name, values in measured.part_ms.items()},
         "ms_per_item": latency(measured.total_ms, len(samples)),
         "score": spec.score(measured.results, [sample.truth for sample in samples]),
@@ -220,10 +218,28 @@ def evaluate(
     if label == REFERENCE:
         return row
     row["difference"] = spec.difference(reference.results, measured.results)
-    metrics = {"part max abs": float(np.max([part["abs max"] for part in parts.values()])), **row["difference"]}
+    metrics = {"part max abs": float(np.max([group["abs max"] for group in errors.values()])), **row["difference"]}
     precision = label.partition(" ")[2] or "fp32"
     row["bars"] = [judge(bar, metrics[bar.metric]) for bar in spec.bars[precision]]
     return row
+
+
+def output_groups(parts: Sequence[Part]) -> Dict[str, Tuple[str, List[str]]]:
+    """Name → part and outputs whose errors are reported together: what users see each for itself, and what only other
+    parts see in one."""
+    groups = {}
+    for part in parts:
+        internal = [tensor.name for tensor in part.outputs if tensor.internal]
+        for tensor in part.outputs:
+            if not tensor.internal or len(internal) == 1:
+                groups[f"{part.name}: {tensor.name}"] = (part.name, [tensor.name])
+        if len(internal) > 1:
+            groups[f"{part.name}: {len(internal)} internal tensors"] = (part.name, internal)
+    return groups
+
+
+def concatenated(outputs: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    return np.concatenate([outputs[name].ravel() for name in names])
 
 
 def judge(bar: Bar, value: float) -> Dict[str, Any]:
@@ -315,7 +331,8 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     lines += [f"- Weights: {report['weights']}", f"- Samples: {report['samples']}", f"- Machine: {report['machine']}"]
     versions = sorted({f"{name} {version}" for row in rows.values() for name, version in row["environment"].items()})
     lines += [f"- Versions: {', '.join(versions)}", f"- Date: {report['date']}", ""]
-    lines += [f"**{'All bars met.' if report['passed'] else 'Bars missed or executors failed: see below.'}**", ""]
+    header, *summary_rows = summary(report)
+    lines += table(header, summary_rows)
 
     lines += ["## Bars", ""]
     bars = [
@@ -342,16 +359,16 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
         ],
     )
     lines += ["## Error of each part", ""]
-    lines += ["Each part gets the inputs that it had in the PyTorch run; errors over all its outputs.  Relative errors"]
-    lines += ["are to the reference's magnitude, but to no less than 0.1 % of its largest.", ""]
+    lines += ["Each part gets the inputs that it had in a middle call of the PyTorch run.  Relative errors are to the"]
+    lines += ["reference's magnitude, but to no less than 0.1 % of its largest.", ""]
     statistics = [f"{kind} {name}" for kind in ("abs", "rel") for name in STATISTICS]
     lines += table(
-        ["part", "executor", *statistics],
+        ["output", "executor", *statistics],
         [
-            [part, label, *(number(errors[name]) for name in statistics)]
+            [group, label, *(number(row["errors"][group][name]) for name in statistics)]
+            for group in rows[REFERENCE]["errors"]
             for label, row in rows.items()
             if label != REFERENCE
-            for part, errors in row["parts"].items()
         ],
     )
     lines += ["## Latency", "", "Median (20th to 80th percentile) in ms, transfers included.  Whole: per sample.", ""]
@@ -365,6 +382,24 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     )
     lines += ["![Latency and error](report.png)", ""]
     return "\n".join(lines)
+
+
+def summary(report: Mapping[str, Any]) -> List[List[str]]:
+    """A header and a row for each executor: speed, scores, largest error, verdict."""
+    rows = report["executors"]
+    scores = list(rows[REFERENCE]["score"])
+    lines = [["executor", "ms per sample", *scores, "largest error", "bars"]]
+    for label, row in rows.items():
+        if "failed" in row:
+            lines.append([label, "", *("" for _ in scores), "", "failed"])
+            continue
+        values = [number(row["ms_per_item"]["median"]), *(number(row["score"][name]) for name in scores)]
+        if label == REFERENCE:
+            lines.append([label, *values, "", "reference"])
+        else:
+            error = number(max(group["abs max"] for group in row["errors"].values()))
+            lines.append([label, *values, error, "met" if all(bar["met"] for bar in row["bars"]) else "missed"])
+    return lines
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
@@ -381,31 +416,31 @@ def spread(values: Mapping[str, float]) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Latency per sample and the parts' largest errors, as bars."""
+    """Latency per sample and the largest errors, as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = {label: row for label, row in report["executors"].items() if "failed" not in row}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(rows) + 1.8), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(rows) + 2), layout="constrained")
     left.barh(list(rows), [row["ms_per_item"]["median"] for row in rows.values()], color="#4c72b0")
-    left.bar_label(left.containers[0], fmt="%.3g", padding=3)
+    left.bar_label(left.containers[0], fmt="%.4g", padding=3)
     left.set(title="Latency per sample", xlabel="ms")
-    left.margins(x=0.15)
+    left.margins(x=0.25)
     left.invert_yaxis()
     compared = [label for label in rows if label != REFERENCE]
-    parts = list(next(iter(rows.values()))["parts"])
-    height = 0.8 / len(parts)
-    for index, part in enumerate(parts):
-        positions = np.arange(len(compared)) + (index - (len(parts) - 1) / 2) * height
+    groups = list(rows[REFERENCE]["errors"])
+    height = 0.8 / len(groups)
+    for index, group in enumerate(groups):
+        positions = np.arange(len(compared)) + (index - (len(groups) - 1) / 2) * height
         # an error of zero has no place on a logarithmic axis
-        errors = [max(rows[label]["parts"][part]["abs max"], 1e-9) for label in compared]
-        right.barh(positions, errors, height, label=part)
+        errors = [max(rows[label]["errors"][group]["abs max"], 1e-9) for label in compared]
+        right.barh(positions, errors, height, label=group)
     right.set(title="Largest absolute error against PyTorch", xscale="log", yticks=range(len(compared)))
     right.set_yticklabels(compared)
     right.invert_yaxis()
-    right.legend()
+    figure.legend(loc="outside lower center", ncols=len(groups))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -415,20 +450,13 @@ def show(report: Mapping[str, Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    header, *rows = summary(report)
     shown = Table(title=f"{title}: {report['weights']}")
-    rows = report["executors"]
-    scores = list(rows[REFERENCE]["score"])
-    for name in ("executor", "ms per sample", *scores, "largest error of a part", "bars"):
+    for name in header:
         shown.add_column(name, justify="left" if name == "executor" else "right")
-    for label, row in rows.items():
-        if "failed" in row:
-            shown.add_row(label, "", *("" for _ in scores), row["failed"], "[red]failed[/red]")
-            continue
-        error = "" if label == REFERENCE else number(max(part["abs max"] for part in row["parts"].values()))
-        met = all(bar["met"] for bar in row["bars"])
-        verdict = "reference" if label == REFERENCE else "[green]met[/green]" if met else "[red]missed[/red]"
-        score = [number(row["score"][name]) for name in scores]
-        shown.add_row(label, number(row["ms_per_item"]["median"]), *score, error, verdict)
+    colours = {"met": "green", "missed": "red", "failed": "red", "reference": "default"}
+    for *cells, verdict in rows:
+        shown.add_row(*cells, f"[{colours[verdict]}]{verdict}[/]")
     Console().print(shown)
 
 

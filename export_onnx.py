@@ -13,6 +13,7 @@ PyTorch is printed.  Exit status 1 when it is too large, 2 when the weights cann
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import warnings
@@ -45,10 +46,13 @@ def export(exportable: ExportablePart) -> onnx.ModelProto:
         dim.name: dim.multiple_of * torch.export.Dim(dim.name) if dim.multiple_of > 1 else torch.export.Dim(dim.name)
         for dim in part.dims
     }
-    # The exporter sees the inputs as one *args tuple, hence the extra level.
-    dynamic_shapes = tuple(
+    dynamic_axes = [
         {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in part.inputs
-    )
+    ]
+    # the exporter wants them nested as forward's parameters are: what *args takes is one tuple
+    parameters = inspect.signature(exportable.module.forward).parameters.values()
+    named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    rest = [tuple(dynamic_axes[named:])] if named < len(parameters) else []
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every torchvision operator it cannot find
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter itself
@@ -59,7 +63,7 @@ def export(exportable: ExportablePart) -> onnx.ModelProto:
             opset_version=OPSET + 1,  # the exporter's oldest
             input_names=[tensor.name for tensor in part.inputs],
             output_names=[tensor.name for tensor in part.outputs],
-            dynamic_shapes=dynamic_shapes,
+            dynamic_shapes=(*dynamic_axes[:named], *rest),
             verbose=False,
         )
     model = program.model_proto
@@ -153,9 +157,9 @@ def export_model(folder: BuildFolder, loaded: LoadedModel, weights_argument: str
             error, part_passed = check(exportable, temporary, sets)
         folder.write_check_inputs(part, sets)
         passed = passed and part_passed
-        shapes = ", ".join("×".join(map(str, inputs[part.inputs[0].name].shape)) for inputs in sets)
+        sizes = " and ".join(", ".join(f"{name} {size}" for name, size in dims.items()) for dims in exportable.check_at)
         print(
-            f"{path}: {len(model.graph.node)} nodes, max abs error {error:.1e} against PyTorch at {shapes}"
+            f"{path}: {len(model.graph.node)} nodes, max abs error {error:.1e} against PyTorch at {sizes}"
             f"{'' if part_passed else ': FAILED'} ({time.perf_counter() - started:.0f} s)"
         )
     if passed:

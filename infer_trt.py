@@ -222,11 +222,12 @@ def main() -> int:
     folder = BuildFolder(options.build_dir, options.model)
     spec, settings = folder.spec, folder.manifest()["settings"]
     paths = collect(options.inputs, folder, settings)
-    executor = open_executor(folder, options.precision, options.executor)
+    executor: Optional[Executor] = None
     with spec.writer(options.out) as writer, tqdm(total=len(paths), unit="image", disable=len(paths) == 1) as progress:
         for start in range(0, len(paths), spec.batch_size):
             batch = paths[start : start + spec.batch_size]
             items = [spec.read(path, settings) for path in batch]
+            executor = executor or open_executor(folder, options.precision, options.executor)
             results = spec.run(executor, settings, folder.path, items)
             with tqdm.external_write_mode(file=sys.stdout):
                 for path, item, result in zip(batch, items, results):

@@ -140,7 +140,7 @@ demo() {
     step python export_onnx.py "$model"
     for precision in fp32 fp16; do step python surgeon.py "$model" --precision "$precision"; done
     for precision in fp32 fp16; do step python build_engine.py "$model" --precision "$precision"; done
-    step python -m "models.$model.samples" "build/$model/samples"
+    step python compare.py "$model" --write-samples "build/$model/samples"
     step python infer_trt.py "$model" "build/$model/samples" -o "build/$model/$output"
     step python compare.py "$model"
 }

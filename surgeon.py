@@ -140,7 +140,7 @@ class Casts:
             name = f"{tensor.name}.{dtype.name}"
             if isinstance(tensor, gs.Constant):
                 limit = np.finfo(dtype).max
-                self.made[key] = gs.Constant(name, tensor.values.clip(-limit, limit).astype(dtype))
+                self.made[key] = gs.Constant(name, np.asarray(tensor.values.clip(-limit, limit), dtype))
             else:
                 self.made[key] = gs.Variable(name, dtype, tensor.shape)
                 self.nodes.append(

@@ -1,7 +1,8 @@
 """start.sh, restart.sh and clear.sh, run as they are, with stand-ins for docker, nvidia-smi and Python.
 
 Each test works in a copy of the scripts.  Its PATH holds the stand-ins and a few harmless tools, nothing else.  Every
-stand-in writes its name and arguments to a log, and fails with status 7 when they contain $FAIL.
+stand-in writes its name and arguments to a log, and fails with status 7 when they, followed by
+a semicolon, contain $FAIL.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TOOLS = ("bash", "cat", "cp", "dirname", "env", "grep", "id", "mkdir", "rm", "se
 TOOL = r"""#!/usr/bin/env bash
 log() { (IFS=$'\x1f'; printf '%s\n' "$*" >>"$STATE/log"); }
 log "${0##*/}" "$@"
-if [[ -n ${FAIL-} && "${0##*/} $*" == *"$FAIL"* ]]; then exit 7; fi
+if [[ -n ${FAIL-} && "${0##*/} $*;" == *"$FAIL"* ]]; then exit 7; fi
 """
 DOCKER = (
     TOOL
@@ -83,7 +84,7 @@ class Sandbox:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=20,
             check=False,
         )
 
@@ -180,6 +181,7 @@ def test_containers_that_do_not_see_the_gpu(gpu: Sandbox) -> None:
 
 def test_terminal_is_passed_on(gpu: Sandbox) -> None:
     leader, follower = pty.openpty()
+    os.write(leader, b"\x04")  # the end of what is typed
     try:
         subprocess.run(
             [gpu.home / "start.sh", "shell"],
@@ -187,7 +189,7 @@ def test_terminal_is_passed_on(gpu: Sandbox) -> None:
             stdin=follower,
             stdout=follower,
             stderr=subprocess.PIPE,
-            timeout=60,
+            timeout=20,
             check=True,
         )
     finally:
@@ -344,7 +346,7 @@ def demo_commands() -> List[List[str]]:
             f"python surgeon.py {model} --precision fp16",
             f"python build_engine.py {model} --precision fp32",
             f"python build_engine.py {model} --precision fp16",
-            f"python -m models.{model}.samples {samples}",
+            f"python compare.py {model} --write-samples {samples}",
             f"python infer_trt.py {model} {samples} -o build/{model}/{output}",
             f"python compare.py {model}",
         ]
@@ -368,12 +370,12 @@ def test_demo_runs_every_step_in_order_and_ends_with_the_summaries(either: Sandb
 @pytest.mark.parametrize("step", range(16))
 def test_demo_stops_at_the_step_that_fails(gpu: Sandbox, step: int) -> None:
     commands = demo_commands()
-    assert gpu.run("start.sh", FAIL=" ".join(commands[step])).returncode == 7
+    assert gpu.run("start.sh", FAIL=" ".join(commands[step]) + ";").returncode == 7
     assert gpu.commands() == commands[: step + 1]
 
 
 def test_demo_stops_in_venv_too(bare: Sandbox) -> None:
-    assert bare.run("start.sh", FAIL="compare.py restormer").returncode == 7
+    assert bare.run("start.sh", FAIL="compare.py restormer;").returncode == 7
     assert bare.commands() == demo_commands()[:8]
 
 

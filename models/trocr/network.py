@@ -35,6 +35,7 @@ from models.trocr import tokenizer as tokenizers
 from models.trocr.decoding import Decoded, Generation
 from models.trocr.images import preprocess
 from models.trocr.pipeline import CACHE_STEP, MAX_ROWS, TextResult, results_of
+from models.trocr.tokenizer import brief
 
 MAX_POSITIONS = 512  # the longest cache that engines are built for
 SEED = 0
@@ -65,7 +66,11 @@ class Encoder(nn.Module):
         self.project = getattr(model, "enc_to_dec_proj", nn.Identity())
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
-        return (self.project(self.encoder(pixel_values).last_hidden_state),)
+        # an own loop, since the model's puts a mask of zeros into the exported graph
+        x = self.encoder.embeddings(pixel_values)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return (self.project(self.encoder.layernorm(x)),)
 
 
 class Prefill(nn.Module):
@@ -332,8 +337,7 @@ def load(weights: str) -> LoadedModel:
         wanted = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
         downloaded = snapshot_download(weights, allow_patterns=wanted, ignore_patterns=["*/*", "training_args.bin"])
     except Exception as problem:  # no network, no such repository, no permission: each has its own exception tree
-        reason = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise Unusable(f"{weights} is no folder here and cannot be downloaded from the hub: {reason}") from problem
+        raise Unusable(f"{weights} is no folder and cannot be downloaded from the hub ({brief(problem)})") from problem
     return folder_model(Path(downloaded), weights)
 
 
@@ -398,7 +402,7 @@ def built(config: VisionEncoderDecoderConfig, source: str) -> VisionEncoderDecod
         with torch.device("meta"):
             model = VisionEncoderDecoderModel(config)
     except (ValueError, TypeError, KeyError) as problem:
-        raise Unusable(f"{source}: config.json describes no model ({problem})") from problem
+        raise Unusable(f"{source}: config.json describes no model ({brief(problem)})") from problem
     model.encoder.pooler = None
     return model
 
@@ -455,7 +459,7 @@ def folder_model(folder: Path, source: str) -> LoadedModel:
     try:
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as problem:  # damaged JSON, unknown model type, failed validation
-        raise Unusable(f"{source}: config.json cannot be used ({problem})") from problem
+        raise Unusable(f"{source}: config.json cannot be used ({brief(problem)})") from problem
     if config.model_type != "vision-encoder-decoder":
         raise Unusable(f"{source} is a {config.model_type} model, not a vision-encoder-decoder with a TrOCR decoder")
     encoder, decoder = config.encoder, config.decoder
@@ -469,7 +473,7 @@ def folder_model(folder: Path, source: str) -> LoadedModel:
         generation_config = folder_generation(folder, source)
     else:
         reader, clean_up = tokenizers.of_characters(vocabulary), False
-        generation_config = chinese_generation(vocabulary)
+        generation_config = chinese_generation(vocabulary, config)
     image_settings = folder_images(folder, source, config)
     model = filled(built(config, source), checkpoint(folder, source), source)
     return loaded(model, source, generation_config, image_settings, reader, clean_up)
@@ -482,17 +486,17 @@ def folder_generation(folder: Path, source: str) -> GenerationConfig:
             return GenerationConfig.from_pretrained(folder)
         return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
     except Exception as problem:
-        raise Unusable(f"{source}: its generation settings cannot be used ({problem})") from problem
+        raise Unusable(f"{source}: its generation settings cannot be used ({brief(problem)})") from problem
 
 
-def chinese_generation(vocabulary: Mapping[str, int]) -> GenerationConfig:
+def chinese_generation(vocabulary: Mapping[str, int], config: PreTrainedConfig) -> GenerationConfig:
     """trocr-chinese's published inference: greedy, from <s>, up to 100 tokens."""
     end = vocabulary["</s>"]
     return GenerationConfig(
         decoder_start_token_id=vocabulary["<s>"],
         eos_token_id=end,
         pad_token_id=vocabulary.get("<pad>", end),
-        max_new_tokens=100,
+        max_length=min(101, positions_of(config)),
     )
 
 
@@ -505,7 +509,7 @@ def folder_images(folder: Path, source: str, config: PreTrainedConfig) -> dict[s
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         size = (processor.size["height"], processor.size["width"])
     except Exception as problem:
-        raise Unusable(f"{source}: its image pre-processing cannot be used ({problem})") from problem
+        raise Unusable(f"{source}: its image pre-processing cannot be used ({brief(problem)})") from problem
     if not processor.do_resize or getattr(processor, "do_center_crop", False) or size != (height, width):
         raise Unusable(f"{source}: its pre-processing must resize to the encoder's {height}×{width} without cropping")
     if not processor.do_normalize:
@@ -541,8 +545,7 @@ def checkpoint(folder: Path, source: str) -> dict[str, Tensor]:
                 raise ValueError("it holds other things than tensors")
             return state
         except Exception as problem:  # damaged files raise what their parsers please
-            reason = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise Unusable(f"{source}: {single} cannot be loaded ({reason})") from problem
+            raise Unusable(f"{source}: {single} cannot be loaded ({brief(problem)})") from problem
     raise Unusable(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin")
 
 
@@ -627,7 +630,7 @@ def random_model(variant: str) -> LoadedModel:
     if variant == "chinese":
         vocabulary = tokenizers.character_vocabulary(gb2312())
         model = random_weights(configs("base", len(vocabulary)))
-        reader, generation = tokenizers.of_characters(vocabulary), chinese_generation(vocabulary)
+        reader, generation = tokenizers.of_characters(vocabulary), chinese_generation(vocabulary, model.config)
     else:
         model = random_weights(configs(variant))
         reader = tokenizers.of_numbers(model.config.decoder.vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
@@ -43,6 +44,11 @@ def _parsed(path: Path, modified: int) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as problem:  # the library raises bare Exceptions
         raise Unusable(f"{path} is damaged: run `python export_onnx.py trocr` again") from problem
+
+
+def brief(problem: Exception) -> str:
+    """An exception of a library, some of which explain at length, in one short line."""
+    return textwrap.shorten(str(problem), 160, placeholder=" …") or type(problem).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ def of_folder(folder: Path) -> Tuple[Tokenizer, bool]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         backend = tokenizer.backend_tokenizer
     except Exception as problem:  # whatever the many tokenizer classes raise on files that do not fit
-        raise Unusable(f"{folder}: its tokenizer cannot be loaded ({problem})") from problem
+        raise Unusable(f"{folder}: its tokenizer cannot be loaded ({brief(problem)})") from problem
     return backend, _cleans_up(tokenizer)
 
 

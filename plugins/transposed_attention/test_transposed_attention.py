@@ -10,7 +10,8 @@ from plugins.transposed_attention.reference import transposed_attention
 PLUGIN = find("transposed_attention")
 
 
-def random_inputs(batch, channels, heads, height, width, dtype):
+def random_inputs(sizes, dtype):
+    batch, channels, heads, height, width = sizes
     random = np.random.default_rng(0)
     return {
         "qkv": random.standard_normal((batch, 3 * channels, height, width)).astype(dtype),
@@ -21,7 +22,7 @@ def random_inputs(batch, channels, heads, height, width, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("sizes", [(1, 48, 1, 7, 9), (2, 6, 3, 1, 1), (1, 384, 8, 3, 2), (3, 16, 16, 5, 4)])
 def test_function_is_the_reference(sizes, dtype):
-    inputs = random_inputs(*sizes, dtype=dtype)
+    inputs = random_inputs(sizes, dtype)
     (actual,) = run_function(PLUGIN, inputs)
     assert_close(actual, transposed_attention(*(torch.from_numpy(values) for values in inputs.values())))
 
@@ -29,7 +30,7 @@ def test_function_is_the_reference(sizes, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_zero_channels_stay_finite(dtype):
     """A channel of zeros has norm 0; torch in half precision gives NaN there, since 1e-12 rounds to 0."""
-    inputs = random_inputs(1, 8, 2, 4, 4, dtype)
+    inputs = random_inputs((1, 8, 2, 4, 4), dtype)
     inputs["qkv"][:, [0, 9, 17]] = 0  # one each of q, k and v
     (actual,) = run_function(PLUGIN, inputs)
     assert np.isfinite(actual).all()

@@ -89,39 +89,40 @@ def to_fp16(graph: gs.Graph, part: Part, keep_fp32: Collection[gs.Node]) -> None
     Graph inputs and outputs keep their types, internal ones become FP16; casts stand where types meet.
     """
     kept = {id(node) for node in keep_fp32}
-    specs = {tensor.name: tensor for tensor in (*part.inputs, *part.outputs)}
+    half, single = np.dtype(np.float16), np.dtype(np.float32)
+    internal = {tensor.name for tensor in (*part.inputs, *part.outputs) if tensor.internal}
     graph.toposort()
-    casts = Casts()
     for tensor in graph.inputs:
-        if is_float(tensor) and specs[tensor.name].internal:
-            tensor.dtype = np.dtype(np.float16)
-    outputs = {id(tensor): tensor for tensor in graph.outputs}
+        if is_float(tensor) and tensor.name in internal:
+            tensor.dtype = half
+    # outputs get their types now, so that every node knows whether it produces them as they are
+    outputs = {id(tensor): half if tensor.name in internal else single for tensor in graph.outputs if is_float(tensor)}
+    casts = Casts()
     for node in graph.nodes:
         if node.op == "Shape":
             continue
-        dtype = np.dtype(np.float32 if node.op in ALWAYS_FP32 or id(node) in kept else np.float16)
+        dtype = single if node.op in ALWAYS_FP32 or id(node) in kept else half
         for index, tensor in enumerate(node.inputs):
             if is_float(tensor):
                 node.inputs[index] = casts.cast(tensor, dtype)
         if node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT:
-            node.attrs["to"] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+            node.attrs.update(to_dtype(dtype))
         for index, tensor in enumerate(node.outputs):
-            if not is_float(tensor):
-                continue
-            wanted = outputs.get(id(tensor))
-            if wanted is not None and not specs[tensor.name].internal and dtype != np.float32:
-                node.outputs[index] = casts.output(tensor, dtype)
-            else:
-                tensor.dtype = dtype
-    for tensor in graph.outputs:
-        if is_float(tensor) and specs[tensor.name].internal and tensor.dtype != np.float16:
-            raise ValueError(f"{tensor.name} is internal but produced in {tensor.dtype}")
+            if is_float(tensor):
+                tensor.dtype = outputs.get(id(tensor), dtype)
+                if tensor.dtype != dtype:
+                    node.outputs[index] = casts.output(tensor, dtype)
     graph.nodes.extend(casts.nodes)
     graph.toposort()
 
 
 def is_float(tensor: gs.Tensor) -> bool:
     return tensor.dtype in (np.float32, np.float16)
+
+
+def to_dtype(dtype: np.dtype) -> dict[str, int]:
+    """The attribute of a Cast."""
+    return {"to": onnx.helper.np_dtype_to_tensor_dtype(dtype)}
 
 
 class Casts:
@@ -143,11 +144,7 @@ class Casts:
                 self.made[key] = gs.Constant(name, np.asarray(tensor.values.clip(-limit, limit), dtype))
             else:
                 self.made[key] = gs.Variable(name, dtype, tensor.shape)
-                self.nodes.append(
-                    gs.Node(
-                        "Cast", name, {"to": onnx.helper.np_dtype_to_tensor_dtype(dtype)}, [tensor], [self.made[key]]
-                    )
-                )
+                self.nodes.append(gs.Node("Cast", name, to_dtype(dtype), [tensor], [self.made[key]]))
         return self.made[key]
 
     def output(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
@@ -157,7 +154,7 @@ class Casts:
             for index, used in enumerate(consumer.inputs):
                 if used is tensor:
                     consumer.inputs[index] = inner
-        self.nodes.append(gs.Node("Cast", f"{tensor.name}.cast", {"to": onnx.TensorProto.FLOAT}, [inner], [tensor]))
+        self.nodes.append(gs.Node("Cast", f"{tensor.name}.cast", to_dtype(tensor.dtype), [inner], [tensor]))
         return inner
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,32 @@ def export_graph(
         return {"x": random.standard_normal(part.inputs[0].sizes(sizes), dtype=np.float32)}
 
     return gs.import_onnx(export(ExportablePart(part, module.eval(), inputs, example, ())))
+
+
+@functools.cache
+def trocr_part(name: str) -> tuple[ExportablePart, onnx.ModelProto]:
+    """A part of the small TrOCR that `--weights demo` gives, with its exported graph."""
+    from models.trocr.network import load
+
+    exportable = next(exportable for exportable in load("demo").parts if exportable.part.name == name)
+    return exportable, export(exportable)
+
+
+def assert_replaces_in_trocr(plugin: plugins.Plugin, part: str) -> Sequence[Match]:
+    """Finds the plugin's pattern as often as the part says, replaces it, and compares with PyTorch; returns the matches
+    as they were found."""
+    exportable, model = trocr_part(part)
+    graph = gs.import_onnx(model)
+    matches = plugin.pattern.matches(graph)
+    assert len(matches) == exportable.part.plugins[plugin.name] > 0
+    session = grafted(graph, plugin, matches)
+    for seed, dims in enumerate(exportable.check_at):
+        inputs = exportable.example(dims, np.random.default_rng(seed))
+        with torch.inference_mode():
+            expected = exportable.module(*(torch.from_numpy(values) for values in inputs.values()))
+        for actual, reference in zip(session.run(None, inputs), expected):
+            assert_close(actual, reference)
+    return matches
 
 
 def grafted(graph: gs.Graph, plugin: plugins.Plugin, matches: Sequence[Match]) -> onnxruntime.InferenceSession:

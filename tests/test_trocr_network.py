@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from models.spec import ExportablePart, Unusable
 from models.trocr import SPEC, network, tokenizer
 from models.trocr.decoding import decode
 
-torch.set_num_threads(2)
 VOCABULARY = 40
 HEIGHT, WIDTH = 32, 48
 
@@ -132,12 +132,25 @@ def tiny_model(variant: str, seed: int = 0) -> VisionEncoderDecoderModel:
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.2)
         # One direction of the hidden state votes for the end: sequences then end, and at different places.
-        model.decoder.output_projection.weight[2] *= 1.6
+        # Tokens that are likely together with it make crowded beams where they are ends as well.
+        output = model.decoder.output_projection.weight
+        output[2] *= 1.6
+        for token, share in ((9, 0.97), (17, 0.94), (29, 0.91)):
+            output[token] = share * output[2]
     return model
 
 
 def pixels(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that share tiny tensors mostly wait for each other, for minutes if other programs are busy too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +196,7 @@ def test_decoding_equals_generate(models: dict, variant: str, settings: str) -> 
     expected, ours, scores, our_scores = both_ways(models[variant], {**SETTINGS, **BEAM_SETTINGS}[settings], rows=12)
     assert ours == expected
     if scores:
-        np.testing.assert_allclose(our_scores, scores, atol=1e-4)
+        np.testing.assert_allclose(our_scores, scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [dict(max_length=24), dict(max_length=24, num_beams=3, no_repeat_ngram_size=2)])

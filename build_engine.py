@@ -92,9 +92,6 @@ def has_gpu() -> bool:
 
 def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabilities: Sequence[str]) -> bytes:
     """Parses a patched graph and builds its engine; raises Unusable with the nodes that TensorRT refuses."""
-    import onnx
-    from onnx import inliner
-
     trt = tensorrt.module
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -102,8 +99,7 @@ def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabili
         raise Unusable(f"{tensorrt} cannot start a builder here: is a GPU with its driver there?")
     network = builder.create_network(tensorrt.network_flags)
     onnx_parser = trt.OnnxParser(network, logger)
-    model = inliner.inline_local_functions(onnx.load(source))
-    if not onnx_parser.parse(model.SerializeToString()):
+    if not onnx_parser.parse(without_functions(source)):
         errors = [describe(onnx_parser.get_error(index)) for index in range(onnx_parser.num_errors)]
         raise Unusable(f"{tensorrt} cannot parse {source}: {'; '.join(errors)}")
 
@@ -134,6 +130,15 @@ def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabili
     if engine is None:
         raise Unusable(f"{tensorrt} failed to build {source}; its log above says why")
     return bytes(engine)
+
+
+def without_functions(source: Path) -> bytes:
+    """The graph with its functions written out in place of their nodes, as TensorRT 8.6 knows none."""
+    try:
+        import onnx.inliner
+    except ImportError:  # the Python 3.9 that TensorRT 8.6 wants may have none: `surgeon.py --without all` fits it
+        return source.read_bytes()
+    return onnx.inliner.inline_local_functions(onnx.load(source)).SerializeToString()
 
 
 def profile_shapes(part: Part, tensor: TensorSpec) -> List[Sequence[int]]:

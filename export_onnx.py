@@ -68,7 +68,7 @@ def export(exportable: ExportablePart) -> onnx.ModelProto:
         )
     model = program.model_proto
     name_after_modules(model)
-    lower_opset(model)
+    lower(model)
     return model
 
 
@@ -85,32 +85,48 @@ def name_after_modules(model: onnx.ModelProto) -> None:
     del model.metadata_props[:], model.graph.metadata_props[:]
 
 
-def lower_opset(model: onnx.ModelProto) -> None:
-    """Rewrites opset 18 as opset 17, in place.
+def lower(model: onnx.ModelProto) -> None:
+    """Rewrites opset 18 as the opset 17 that TensorRT 8.6 reads, in place.
 
     `onnx.version_converter` has no way down for Split and the reductions, the only operators in our graphs that
-    changed.  Raises ValueError for any other.
+    changed; raises ValueError for any other.  Shape's start and end, which TensorRT 8.6 accepts and does not heed,
+    become a Slice.
     """
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    lowered: list[onnx.NodeProto] = []
     for node in model.graph.node:
+        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "Split":
-            # Opset 17 splits into as many equal parts as there are outputs.
-            kept = [attribute for attribute in node.attribute if attribute.name != "num_outputs"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+            # opset 17 splits into as many equal parts as there are outputs
+            remove_attribute(node, "num_outputs")
         elif node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             axes = constants[node.input.pop()]
-            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("axes", axes.tolist())])
+            remove_attribute(node, "noop_with_empty_axes")
+            node.attribute.append(onnx.helper.make_attribute("axes", axes.tolist()))
+        elif node.op_type == "Shape" and attributes:
+            bounds = {"start": attributes.get("start", 0), "end": attributes.get("end", np.iinfo(np.int64).max)}
+            (output,) = node.output
+            for name, value in bounds.items():
+                model.graph.initializer.append(numpy_helper.from_array(np.array([value]), f"{output}.{name}"))
+            lowered.append(onnx.helper.make_node("Shape", node.input, [f"{output}.whole"], f"{node.name}.whole"))
+            inputs = [f"{output}.whole", *(f"{output}.{name}" for name in bounds)]
+            node = onnx.helper.make_node("Slice", inputs, [output], node.name)
         elif onnx.defs.get_schema(node.op_type, OPSET + 1, node.domain).since_version > OPSET:
             raise ValueError(f"{node.name}: {node.op_type} of opset {OPSET + 1} has no known form in opset {OPSET}")
-    used = {name for node in model.graph.node for name in node.input}
+        lowered.append(node)
+    used = {name for node in lowered for name in node.input}
     kept_tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:], model.opset_import[:]
+    del model.graph.node[:], model.graph.initializer[:], model.opset_import[:]
+    model.graph.node.extend(lowered)
     model.graph.initializer.extend(kept_tensors)
     model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
     model.ir_version = 8
+
+
+def remove_attribute(node: onnx.NodeProto, name: str) -> None:
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def check(exportable: ExportablePart, path: Path, input_sets: Sequence[Mapping[str, np.ndarray]]) -> tuple[float, bool]:

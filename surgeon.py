@@ -99,7 +99,7 @@ def to_fp16(graph: gs.Graph, part: Part, keep_fp32: Collection[gs.Node]) -> None
     outputs = {id(tensor): half if tensor.name in internal else single for tensor in graph.outputs if is_float(tensor)}
     casts = Casts()
     for node in graph.nodes:
-        if node.op == "Shape":
+        if node.op == "Shape":  # takes any type
             continue
         dtype = single if node.op in ALWAYS_FP32 or id(node) in kept else half
         for index, tensor in enumerate(node.inputs):

@@ -44,7 +44,7 @@ def load(weights: str) -> LoadedModel:
         network = read_checkpoint(Path(weights))
         origin = f"checkpoint {Path(weights).name}"
     network.eval()
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    parameters = f"{sum(parameter.numel() for parameter in network.parameters()):,}".replace(",", " ")
     exportable = exportable_part(network)
     settings = {
         "in_channels": network.architecture.in_channels,
@@ -53,7 +53,7 @@ def load(weights: str) -> LoadedModel:
         "sides": {dim.name: [dim.minimum, dim.maximum] for dim in exportable.part.dims if dim.name != "batch"},
     }
 
-    return LoadedModel(f"{origin} ({parameters:,} parameters)", (exportable,), settings)
+    return LoadedModel(f"{origin}, {parameters} parameters", (exportable,), settings)
 
 
 def random_network(architecture: Architecture) -> Restormer:

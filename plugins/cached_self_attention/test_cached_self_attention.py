@@ -26,8 +26,8 @@ def random_inputs(sizes, position, dtype):
 def test_function_is_the_reference(sizes, position, dtype):
     inputs = random_inputs(sizes, position, dtype)
     actual = run_function(PLUGIN, inputs, outputs=3, scale=0.3)
-    tensors = [torch.from_numpy(values) for name, values in inputs.items() if name != "position"]
-    expected = cached_self_attention(*tensors, position=position, scale=0.3)
+    query, key, value, key_cache, value_cache, _ = (torch.from_numpy(values) for values in inputs.values())
+    expected = cached_self_attention(query, key, value, key_cache, value_cache, position, 0.3)
     assert_close(actual[0], expected[0])
     for cache, reference in zip(actual[1:], expected[1:]):
         np.testing.assert_array_equal(cache, reference.numpy())

@@ -16,7 +16,8 @@ def test_function_is_the_reference(shape, dtype):
     inputs = {name: random.standard_normal(shape).astype(dtype) for name in ("x", "residual")}
     inputs |= {name: random.standard_normal(shape[-1]).astype(dtype) for name in ("weight", "bias")}
     total, y = run_function(PLUGIN, inputs, outputs=2, epsilon=1e-5)
-    expected = residual_layer_norm(*(torch.from_numpy(values) for values in inputs.values()), epsilon=1e-5)
+    x, residual, weight, bias = (torch.from_numpy(values) for values in inputs.values())
+    expected = residual_layer_norm(x, residual, weight, bias, 1e-5)
     assert_close(total, expected[0])
     assert_close(y, expected[1])
 

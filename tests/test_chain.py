@@ -12,8 +12,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from PIL import Image
 
+from export_onnx import check
+from models.restormer.checkpoint import load
 from tests.conftest import MODELS, ROOT, run_step
 
 PARTS = {"restormer": ["network"], "trocr": ["encoder", "prefill", "step"]}
@@ -32,6 +35,22 @@ def succeeds(*arguments: object) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The steps
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_export_that_differs_from_pytorch_fails(built):
+    """The check compares with the module, at each of the sizes: here it is another one's graph, or NaN."""
+    (exportable,) = load("demo").parts
+    path = built / "restormer" / "network.onnx"
+    inputs = [exportable.example(dims, np.random.default_rng(0)) for dims in exportable.check_at]
+    assert check(exportable, path, inputs)[1]
+    with torch.no_grad():
+        exportable.module.output.weight *= 1.01
+    error, passed = check(exportable, path, inputs)
+    assert error > 1e-3
+    assert not passed
+    with torch.no_grad():
+        exportable.module.output.weight[0] = np.nan
+    assert not check(exportable, path, inputs)[1]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -329,6 +348,20 @@ def test_labels_that_do_not_fit(refused, built, tmp_path, model):
     for labels, reason in ((tmp_path / "labels.tsv", "elsewhere.png"), (tmp_path / "none.tsv", "none.tsv")):
         message = refused("compare.py", model, "--images", samples, "--labels", labels, "--build-dir", built)
         assert reason in message
+
+
+def test_node_that_tensorrt_does_not_know_is_named(refused, copied):
+    pytest.importorskip("tensorrt_rtx")
+    path = copied / "trocr" / "encoder.fp32.onnx"
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if node.op_type == "Erf")
+    node.op_type, node.domain = "Unheard", "elsewhere"
+    model.opset_import.append(onnx.helper.make_opsetid("elsewhere", 1))
+    onnx.save(model, path)
+    message = refused("build_engine.py", "trocr", "--build-dir", copied)
+    assert "cannot parse" in message
+    assert node.name in message
+    assert not list((copied / "trocr").glob("*.engine"))
 
 
 def test_compute_capability_that_tensorrt_rtx_does_not_know(refused, built):

@@ -6,19 +6,25 @@
 
 Reads build/<model>/<part>.<precision>.onnx and leaves build/<model>/<part>.<precision>.engine.  With `tensorrt` and a
 GPU the engine is built for that GPU; on a machine without one, TensorRT-RTX (`pip install tensorrt-rtx`) builds for the
-compute capabilities asked for.  The plugin operators are built from their ONNX functions: engines need no library.
+compute capabilities asked for.
+
+Plugin nodes run the kernels of build/plugins/libtrt_graft.so where that library is built (plugins/CMakeLists.txt says
+how); else they are built from their ONNX functions, and the engine needs no library.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
+import plugins
 from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
 from models.spec import Part, TensorSpec, Unusable
 
@@ -64,7 +70,7 @@ class TensorRT:
 
 def find_tensorrt() -> TensorRT:
     """TensorRT where a GPU is there to build on, else TensorRT-RTX."""
-    if has_gpu():
+    if gpu_name() is not None:
         try:
             return TensorRT(importlib.import_module("tensorrt"), "TensorRT", builds_without_gpu=False)
         except ImportError:
@@ -78,16 +84,26 @@ def find_tensorrt() -> TensorRT:
         ) from problem
 
 
-def has_gpu() -> bool:
-    """Whether the CUDA driver sees a device."""
-    import ctypes
-
+def gpu_name() -> Optional[str]:
+    """The first device that the CUDA driver sees, or None."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    count = ctypes.c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return None
+    name = ctypes.create_string_buffer(256)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetName(name, len(name), 0) != 0:
+        return None
+    return name.value.decode()
+
+
+def identity(tensorrt: TensorRT) -> Dict[str, Optional[str]]:
+    """What an engine depends on: TensorRT's version, the GPU, and the plugin library, by its hash."""
+    library = None if tensorrt.builds_without_gpu else plugins.library_path()
+    return {
+        "tensorrt": str(tensorrt),
+        "gpu": None if tensorrt.builds_without_gpu else gpu_name(),
+        "plugins": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library else None,
+    }
 
 
 def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabilities: Sequence[str]) -> bytes:
@@ -99,7 +115,8 @@ def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabili
         raise Unusable(f"{tensorrt} cannot start a builder here: is a GPU with its driver there?")
     network = builder.create_network(tensorrt.network_flags)
     onnx_parser = trt.OnnxParser(network, logger)
-    if not onnx_parser.parse(without_functions(source)):
+    with_plugins = not tensorrt.builds_without_gpu and plugins.load_library() is not None
+    if not onnx_parser.parse(graph_for_parser(source, with_plugins)):
         errors = [describe(onnx_parser.get_error(index)) for index in range(onnx_parser.num_errors)]
         raise Unusable(f"{tensorrt} cannot parse {source}: {'; '.join(errors)}")
 
@@ -132,13 +149,21 @@ def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabili
     return bytes(engine)
 
 
-def without_functions(source: Path) -> bytes:
-    """The graph with its functions written out in place of their nodes, as TensorRT 8.6 knows none."""
+def graph_for_parser(source: Path, with_plugins: bool) -> bytes:
+    """The graph without functions: some parsers would take them in place of plugins, others know none.
+
+    Without plugins the functions are written out in place of their nodes.
+    """
     try:
         import onnx.inliner
-    except ImportError:  # the Python 3.9 that TensorRT 8.6 wants may have none: `surgeon.py --without all` fits it
+    except ImportError:  # as may be in the Python 3.9 that TensorRT 8.6 wants, whose parser passes over functions
         return source.read_bytes()
-    return onnx.inliner.inline_local_functions(onnx.load(source)).SerializeToString()
+    model = onnx.load(source)
+    if with_plugins:
+        del model.functions[:]
+    else:
+        model = onnx.inliner.inline_local_functions(model)
+    return model.SerializeToString()
 
 
 def profile_shapes(part: Part, tensor: TensorSpec) -> List[Sequence[int]]:
@@ -185,7 +210,8 @@ def main() -> int:
     target = (
         f"compute capability {', '.join(options.compute_capability)}" if tensorrt.builds_without_gpu else "this GPU"
     )
-    print(f"building with {tensorrt} for {target}")
+    library = identity(tensorrt)["plugins"]
+    print(f"building with {tensorrt} for {target}, {'with' if library else 'without'} the plugin library")
     engines: Dict[str, Any] = {}
     for part in folder.parts():
         started = time.perf_counter()
@@ -194,7 +220,7 @@ def main() -> int:
         with replacing(path) as temporary:
             temporary.write_bytes(engine)
         seconds = time.perf_counter() - started
-        engines[part.name] = {"built_with": str(tensorrt), "built_for": target, "build_s": round(seconds, 1)}
+        engines[part.name] = {**identity(tensorrt), "built_for": target, "build_s": round(seconds, 1)}
         print(f"{path}: {len(engine) / 1e6:.1f} MB in {seconds:.1f} s\n  {trtexec_line(tensorrt, part, path)}")
     manifest.setdefault("engines", {})[options.precision] = engines
     folder.write_manifest(manifest)

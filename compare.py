@@ -126,7 +126,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
             (shared / "part_inputs.pickle").write_bytes(pickle.dumps(middle, protocol=4))
     elif kind == "tensorrt":
         executor = TensorRTExecutor(folder, precision)
-        environment["TensorRT"] = manifest["engines"][precision][folder.parts()[0].name]["built_with"]
+        environment["TensorRT"] = manifest["engines"][precision][folder.parts()[0].name]["tensorrt"]
     else:
         import onnxruntime
 

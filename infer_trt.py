@@ -21,7 +21,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from build_engine import find_tensorrt, has_gpu
+import plugins
+from build_engine import find_tensorrt, gpu_name, identity
 from models.chain import PRECISIONS, BuildFolder, parser, run_script
 from models.spec import Executor, Unusable
 
@@ -103,10 +104,17 @@ class TensorRTExecutor:
         step = ("build_engine.py", "--precision", precision)
         self.cuda, self.pool, self.stream = cuda, DeviceMemoryPool(), cuda.Stream()
         self.parts = {part.name: part for part in folder.parts()}
+        plugins.load_library()
+        engines = folder.manifest().get("engines", {}).get(precision, {})
+        here = identity(tensorrt)
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self.engines, self.contexts = {}, {}
         for name in self.parts:
             path = folder.require(folder.engine(name, precision), *step)
+            for key, value in here.items():
+                if engines[name][key] != value:
+                    built = engines[name][key] or "none"
+                    raise Unusable(f"{path} was built for another {key} ({built}): run `{folder.command(*step)}` again")
             engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
             if engine is None:
                 raise Unusable(f"{path} does not fit {tensorrt} on this GPU: run `{folder.command(*step)}`")
@@ -168,7 +176,7 @@ class TensorRTExecutor:
 
 def tensorrt_obstacle() -> Optional[str]:
     """Why engines cannot run here, or None if they can."""
-    if not has_gpu():
+    if gpu_name() is None:
         return "no GPU"
     try:
         find_tensorrt()

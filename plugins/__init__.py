@@ -1,20 +1,30 @@
-"""Finds the plugins: every folder here with a `pattern.py` and a `reference.py` is one.
+"""Finds the plugins and loads the library of their kernels.
 
-pattern.py     OP, the ONNX operator's name, and matches(graph), the subgraphs that it replaces
-reference.py   FUNCTION, the operator's meaning as an ONNX function body, and the same as a PyTorch function
+Every folder here with a `pattern.py` is a plugin:
+
+    pattern.py     OP, the ONNX operator's name, and matches(graph), the subgraphs that it replaces
+    reference.py   FUNCTION, the operator's meaning as an ONNX function body, and the same as a PyTorch function
+    kernel.cu      launch_<plugin>, the same in CUDA
+    plugin.cpp     how TensorRT calls it
+
+Importing this module needs no PyTorch and no ONNX.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-
-import onnx
+from typing import TYPE_CHECKING, List, Optional
 
 from models.spec import Unusable
+
+if TYPE_CHECKING:
+    import onnx
 
 DOMAIN = "trt_graft"  # ONNX domain and TensorRT plugin namespace
 VERSION = "1"
@@ -37,11 +47,13 @@ class Plugin:
     @property
     def function(self) -> onnx.FunctionProto:
         """The operator as an ONNX local function; it serves any float type and computes in FP32."""
+        import onnx.parser
+
         reference = importlib.import_module(f"plugins.{self.name}.reference")
         return onnx.parser.parse_function(reference.FUNCTION)
 
 
-def names() -> list[str]:
+def names() -> List[str]:
     return sorted(path.parent.name for path in Path(__file__).parent.glob("*/pattern.py"))
 
 
@@ -49,3 +61,23 @@ def find(name: str) -> Plugin:
     if name not in names():
         raise Unusable(f"unknown plugin {name!r}: choose from {', '.join(names())}")
     return Plugin(name)
+
+
+def library_path() -> Optional[Path]:
+    """libtrt_graft.so: where TRT_GRAFT_LIBRARY says, or where CMake leaves it; None if it is not there."""
+    path = Path(os.environ.get("TRT_GRAFT_LIBRARY") or Path(__file__).parents[1] / "build/plugins/libtrt_graft.so")
+    return path if path.is_file() else None
+
+
+def load_library() -> Optional[Path]:
+    """Registers the plugins with the TensorRT that this process has imported.
+
+    Returns the library's path, or None if it is not there; raises Unusable if it does not fit this TensorRT.
+    """
+    path = library_path()
+    if path is not None:
+        try:
+            ctypes.CDLL(str(path))
+        except OSError as problem:
+            raise Unusable(f"{path} cannot be loaded: build it for this TensorRT ({problem})") from problem
+    return path

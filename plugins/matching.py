@@ -105,18 +105,19 @@ class Op(Value):
 
 
 class Reshaped(Value):
-    """Matches what one or more Reshape nodes make of `inner`; the longest chain is tried first."""
+    """Matches what one or more Reshape nodes make of `inner`; the shortest chain is tried first, or the longest."""
 
-    def __init__(self, inner: Value, rank: int | None = None) -> None:
+    def __init__(self, inner: Value, rank: int | None = None, longest: bool = False) -> None:
         super().__init__(rank)
-        self.inner = inner
+        self.inner, self.longest = inner, longest
 
     def match_producer(self, tensor: gs.Tensor, bindings: Bindings) -> Iterator[Bindings]:
         node = producer(tensor)
         if node is not None and node.op == "Reshape":
             covering = bindings.covering(node)
-            yield from self.match_producer(node.inputs[0], covering)
-            yield from self.inner.match(node.inputs[0], covering)
+            ways = (self.inner.match, self.match_producer)
+            for way in reversed(ways) if self.longest else ways:
+                yield from way(node.inputs[0], covering)
 
 
 class Either(Value):

@@ -94,7 +94,8 @@ def test_every_pattern_becomes_a_plugin_node(built, precision):
         attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         assert attributes["plugin_version"] == b"1"
         assert attributes["plugin_namespace"] == b"trt_graft"
-    assert not {node.op_type for node in graph.node} & {"ReduceL2", "Softmax", "Erf", "Sqrt", "DepthToSpace"}
+    # nothing of the patterns is left, and no computation of shapes
+    assert {node.op_type for node in graph.node} - {node.op_type for node in nodes} <= {"Conv", "Add", "Concat", "Cast"}
 
 
 def test_fp16_graph_takes_and_gives_what_the_model_does(built):
@@ -147,7 +148,7 @@ def test_engines_build_without_a_gpu(copied, model, precision):
         assert (copied / model / f"{part}.{precision}.engine").stat().st_size > 100_000
         assert f"--loadEngine={copied / model / part}.{precision}.engine --shapes=" in output
     engines = json.loads((copied / model / "manifest.json").read_text())["engines"][precision]
-    assert all("TensorRT" in engine["built_with"] for engine in engines.values())
+    assert all(engine["tensorrt"].startswith("TensorRT") for engine in engines.values())
 
 
 def test_restormer_restores_files_and_folders(built, tmp_path):

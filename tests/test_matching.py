@@ -68,12 +68,23 @@ def test_outputs_of_a_node_are_told_apart():
     assert count(pattern, "Split a -> p q", "Sub q p -> out") == 0
 
 
-def test_the_longest_chain_of_reshapes_counts_once():
-    lines = ("Relu a:2 -> b:3", "Reshape b 2,2 -> c:2", "Reshape c 2,2 -> d:2", "Relu d -> out:2")
-    (bound,) = find(graph_of(*lines), Reshaped(Op("Relu", Value())))
-    assert [node.outputs[0].name for node in bound.nodes] == ["d", "c", "b"]
-    (bound,) = find(graph_of(*lines), Op("Relu", Reshaped(Value(rank=2))))  # b has rank 3, so the chain ends at c
-    assert [node.outputs[0].name for node in bound.nodes] == ["out", "d"]
+def test_chains_of_reshapes():
+    lines = (
+        "Relu a:2 -> b:2",
+        "Reshape b 2,2 -> c:2",
+        "Reshape c 2,2 -> d:2",
+        "Reshape d 2,2 -> e:2",
+        "Relu e -> out:2",
+    )
+
+    def covered(pattern):
+        (bound,) = find(graph_of(*lines), pattern)
+        return [node.outputs[0].name for node in bound.nodes]
+
+    assert covered(Op("Relu", Reshaped(Value(rank=2)))) == ["out", "e"]
+    assert covered(Op("Relu", Reshaped(Value(rank=2), longest=True))) == ["out", "e", "d", "c"]
+    # the whole chain up to the Relu, whichever is tried first; its inner links are no matches of their own
+    assert covered(Reshaped(Op("Relu", Value()))) == ["e", "d", "c", "b"]
 
 
 def test_either_form_matches():

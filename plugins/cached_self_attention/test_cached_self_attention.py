@@ -3,7 +3,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from plugins import find
+from plugins import find, kernels
 from plugins.cached_self_attention.reference import cached_self_attention
 from plugins.testing import assert_close, assert_replaces_in_trocr, run_function, trocr_part
 
@@ -56,3 +56,76 @@ def test_pattern_refuses_a_mask_that_hides_the_present():
         if node.op == "Greater":
             node.op = "GreaterOrEqual"
     assert PLUGIN.pattern.matches(graph) == []
+
+
+def random_tensors(sizes, dtype):
+    """query, key, value and both caches, on the GPU."""
+    batch, heads, capacity, head_dim = sizes
+    torch.manual_seed(0)
+    token, cache = (batch, 1, heads * head_dim), (batch, heads, capacity, head_dim)
+    return [torch.randn(shape, device="cuda").to(dtype) for shape in (token, token, token, cache, cache)]
+
+
+def launch(query, key, value, key_cache, value_cache, position, scale, in_place):
+    """The kernel's y and present caches: the caches themselves, or others."""
+    caches = (key_cache, value_cache)
+    present = caches if in_place else [kernels.poisoned(*cache.shape, dtype=cache.dtype) for cache in caches]
+    y = kernels.poisoned(*query.shape, dtype=query.dtype)
+    position = torch.tensor([position], dtype=torch.int32, device="cuda")
+    inputs, sizes = (query, key, value, *caches, position), key_cache.shape
+    kernels.launch("cached_self_attention", query.dtype, *inputs, y, *present, *sizes, scale)
+    return y, *present
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "position"),
+    [((2, 1, 1, 8), 0), ((1, 2, 9, 4), 0), ((3, 5, 33, 4), 7), ((1, 2, 50, 33), 49), ((2, 3, 130, 128), 128)]
+    + [((1, 4, 64, 16), 20), ((1, 16, 64, 64), 63), ((32, 16, 512, 64), 0), ((32, 16, 512, 64), 300)],
+)
+def test_kernel_is_the_reference(sizes, position, in_place, dtype):
+    query, key, value, *caches = random_tensors(sizes, dtype)
+    for cache in caches:
+        cache[:, :, position:] = torch.nan  # kept, but not looked at
+    expected = cached_self_attention(query, key, value, *caches, position, 0.3)
+    before = [cache.clone() for cache in caches]
+    actual = launch(query, key, value, *caches, position, 0.3, in_place)
+    kernels.assert_close(actual[0], expected[0])
+    for cache, reference in zip(actual[1:], expected[1:]):
+        torch.testing.assert_close(cache, reference, rtol=0, atol=0, equal_nan=True)
+    if not in_place:
+        for cache, reference in zip(caches, before):
+            torch.testing.assert_close(cache, reference, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(actual[0], launch(query, key, value, *caches, position, 0.3, in_place)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_decodes_step_by_step_in_place(dtype):
+    query, key, value, *caches = random_tensors((2, 3, 40, 64), dtype)
+    expected = [cache.clone() for cache in caches]
+    for position in range(40):
+        query, key, value = key, value, query + position % 3
+        y, *_ = launch(query, key, value, *caches, position, 0.1, in_place=True)
+        expected_y, *expected = cached_self_attention(query, key, value, *expected, position, 0.1)
+        kernels.assert_close(y, expected_y)
+    assert all(map(torch.equal, caches, expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("position", "clamped"), [(-3, 0), (9, 8), (2**31 - 1, 8)])
+def test_kernel_clamps_the_position(position, clamped):
+    tensors = random_tensors((1, 2, 9, 8), torch.float32)
+    expected = cached_self_attention(*tensors, clamped, 0.3)
+    for actual, reference in zip(launch(*tensors, position, 0.3, in_place=False), expected):
+        kernels.assert_close(actual, reference)
+
+
+@pytest.mark.gpu
+def test_kernel_refuses_wide_heads_and_takes_no_rows():
+    tensors = random_tensors((1, 1, 2, 129), torch.float32)
+    with pytest.raises(RuntimeError):
+        launch(*tensors, 0, 1.0, in_place=True)
+    launch(*(tensor[:0] for tensor in tensors), 0, 1.0, in_place=True)

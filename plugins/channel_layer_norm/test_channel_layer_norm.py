@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from models.restormer.network import ChannelLayerNorm
-from plugins import find
+from plugins import find, kernels
 from plugins.channel_layer_norm.reference import channel_layer_norm
 from plugins.testing import assert_close, export_graph, grafted, run_function
 
@@ -58,3 +58,32 @@ def test_pattern_refuses_a_norm_over_pixels():
     graph = export_graph(OverPixels(12, True), ("batch", 5, 3, 4), {"batch": 2})
     assert any(node.op == "Sqrt" for node in graph.nodes)
     assert PLUGIN.pattern.matches(graph) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("subtract_mean", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(1, 48, 1, 1), (2, 6, 5, 7), (1, 384, 3, 2), (3, 1, 4, 4), (2, 96, 64, 72), (1, 48, 720, 1280)]
+)
+def test_kernel_is_the_reference(shape, subtract_mean, dtype):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape, device="cuda") + 100).to(dtype)  # a mean that dwarfs the deviation
+    weight, bias = (torch.randn(shape[1], device="cuda").to(dtype) for _ in range(2))
+    y = kernels.poisoned(*shape, dtype=dtype)
+    batch, channels, height, width = shape
+    kernels.launch(
+        "channel_layer_norm", dtype, x, weight, bias, y, batch, channels, height * width, 1e-5, subtract_mean
+    )
+    kernels.assert_close(y, channel_layer_norm(x.double(), weight, bias, 1e-5, subtract_mean).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_on_constant_and_on_large_values(dtype):
+    ones = torch.ones(48, dtype=dtype, device="cuda")
+    for x in (torch.full((1, 48, 8, 8), 7.0), torch.zeros(1, 48, 8, 8), 30000 * torch.randn(1, 48, 8, 8).clamp(-2, 2)):
+        x = x.to("cuda", dtype)
+        y = kernels.poisoned(*x.shape, dtype=dtype)
+        kernels.launch("channel_layer_norm", dtype, x, ones, 0 * ones, y, 1, 48, 64, 1e-5, True)
+        kernels.assert_close(y, channel_layer_norm(x, ones, 0 * ones, 1e-5, True))

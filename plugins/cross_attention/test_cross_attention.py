@@ -3,7 +3,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from plugins import find
+from plugins import find, kernels
 from plugins.cross_attention.reference import cross_attention
 from plugins.testing import assert_close, assert_replaces_in_trocr, run_function, trocr_part
 
@@ -36,3 +36,59 @@ def test_pattern_refuses_a_softmax_over_another_axis():
         if node.op == "Softmax":
             node.attrs["axis"] = 1
     assert PLUGIN.pattern.matches(graph) == []
+
+
+def launch(query, key, value, scale):
+    y = kernels.poisoned(*query.shape, dtype=query.dtype)
+    kernels.launch("cross_attention", query.dtype, query, key, value, y, *key.shape, scale)
+    return y
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 1, 1, 8), (3, 5, 33, 4), (1, 2, 1000, 1), (2, 4, 100, 80), (1, 3, 50, 33), (1, 1, 7, 127), (2, 3, 578, 128)]
+    + [(1, 4, 577, 16), (1, 12, 577, 64), (32, 16, 577, 64)],
+)
+def test_kernel_is_the_reference(sizes, dtype):
+    batch, heads, _, head_dim = sizes
+    torch.manual_seed(0)
+    query = torch.randn(batch, 1, heads * head_dim, device="cuda").to(dtype)
+    key, value = (torch.randn(sizes, device="cuda").to(dtype) for _ in range(2))
+    scale = 2 * head_dim**-0.5
+    y = launch(query, key, value, scale)
+    kernels.assert_close(y, cross_attention(query, key, value, scale))
+    assert torch.equal(y, launch(query, key, value, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_kernel_keeps_scores_beyond_fp16_finite(head_dim, dtype):
+    torch.manual_seed(0)
+    query = 200 * torch.randn(2, 1, 3 * head_dim, device="cuda").to(dtype)
+    key, value = (200 * torch.randn(2, 3, 67, head_dim, device="cuda").to(dtype) for _ in range(2))
+    for scale in (1.0, -1.0):
+        kernels.assert_close(launch(query, key, value, scale), cross_attention(query, key, value, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 64), (33, 16), (130, 128), (33, 5)])
+def test_kernel_reads_nothing_outside(tokens, head_dim, dtype):
+    """NaN before and behind key and value does not reach y."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 1, head_dim, device="cuda").to(dtype)
+    key, value = (kernels.poisoned(1, 1, tokens + 16, head_dim, dtype=dtype)[:, :, 8:-8] for _ in range(2))
+    for x in (key, value):
+        x.normal_()
+    kernels.assert_close(launch(query, key, value, 0.3), cross_attention(query, key, value, 0.3))
+
+
+@pytest.mark.gpu
+def test_kernel_refuses_wide_heads_and_takes_no_rows():
+    query, key = torch.zeros(1, 1, 129, device="cuda"), torch.zeros(1, 1, 2, 129, device="cuda")
+    with pytest.raises(RuntimeError):
+        launch(query, key, key, 1.0)
+    launch(query[:0], key[:0], key[:0], 1.0)

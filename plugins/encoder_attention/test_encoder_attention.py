@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from plugins import find
+from plugins import find, kernels
 from plugins.encoder_attention.reference import encoder_attention
 from plugins.testing import assert_close, assert_replaces_in_trocr, export_graph, run_function
 
@@ -41,3 +41,64 @@ def test_pattern_refuses_attention_with_a_mask():
     graph = export_graph(Masked(), ("batch", 6, 8), {"batch": 2})
     assert any(node.op == "Softmax" for node in graph.nodes)
     assert PLUGIN.pattern.matches(graph) == []
+
+
+def launch(q, k, v, heads, scale, y=None):
+    """The kernel's y, written to `y` if given."""
+    y = kernels.poisoned(*q.shape, dtype=q.dtype) if y is None else y
+    batch, tokens, width = q.shape
+    kernels.launch("encoder_attention", q.dtype, q, k, v, y, batch, tokens, heads, width // heads, scale)
+    return y
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 16), (2, 5, 2, 32), (3, 33, 4, 16), (1, 64, 1, 64), (1, 65, 2, 48), (1, 127, 3, 8), (1, 128, 2, 128)]
+    + [(1, 100, 2, 80), (2, 33, 3, 4), (1, 70, 2, 100), (1, 17, 1, 1), (1, 35, 1, 127), (4, 9, 5, 20)]
+    + [(1, 577, 6, 64), (2, 578, 3, 64), (1, 577, 2, 128), (32, 577, 16, 64)],
+)
+def test_kernel_is_the_reference(sizes, dtype):
+    batch, tokens, heads, head_dim = sizes
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, tokens, heads * head_dim, device="cuda").to(dtype) for _ in range(3))
+    scale = 2 * head_dim**-0.5
+    y = launch(q, k, v, heads, scale)
+    kernels.assert_close(y, encoder_attention(q, k, v, heads, scale))
+    assert torch.equal(y, launch(q, k, v, heads, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_kernel_keeps_scores_beyond_fp16_finite(head_dim, dtype):
+    torch.manual_seed(0)
+    constant = torch.full((1, 67, 2 * head_dim), 200, dtype=dtype, device="cuda")  # q · kᵀ is 2.6 million
+    kernels.assert_close(launch(constant, constant, constant, 2, 0.125), constant)
+    q, k, v = (200 * torch.randn(1, 67, 2 * head_dim, device="cuda").to(dtype) for _ in range(3))
+    for scale in (0.125, -0.125):
+        kernels.assert_close(launch(q, k, v, 2, scale), encoder_attention(q, k, v, 2, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 64), (33, 16), (66, 48), (130, 128), (33, 5)])
+def test_kernel_touches_nothing_outside(tokens, head_dim, dtype):
+    """NaN before and behind the tensors, and what is in y, stays there."""
+    torch.manual_seed(0)
+    margin = 64
+    memory = [kernels.poisoned(1, tokens + 2 * margin, head_dim, dtype=dtype) for _ in range(4)]
+    q, k, v, y = (x[:, margin:-margin] for x in memory)
+    for x in (q, k, v):
+        x.normal_()
+    kernels.assert_close(launch(q, k, v, 1, 0.3, y), encoder_attention(q, k, v, 1, 0.3))
+    assert memory[3].isnan().sum() == 2 * margin * head_dim
+
+
+@pytest.mark.gpu
+def test_kernel_refuses_wide_heads_and_takes_no_images():
+    wide, empty = torch.zeros(1, 2, 129, device="cuda"), torch.zeros(0, 2, 64, device="cuda")
+    with pytest.raises(RuntimeError):
+        launch(wide, wide, wide, 1, 1.0)
+    launch(empty, empty, empty, 1, 1.0)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from models.restormer.network import GatedFeedForward
-from plugins import find
+from plugins import find, kernels
 from plugins.gated_depthwise_conv.reference import gated_depthwise_conv
 from plugins.testing import assert_close, export_graph, grafted, run_function
 
@@ -49,3 +49,70 @@ def test_pattern_refuses_what_it_does_not_compute(activation, dilation):
 
     graph = export_graph(Other(8, 2, bias=False), ("batch", 8, "h", "w"), {"batch": 2, "h": 6, "w": 10})
     assert PLUGIN.pattern.matches(graph) == []
+
+
+def launched(x, weight, bias):
+    """The kernel's result; it writes nothing behind y."""
+    batch, channels, height, width = x.shape
+    elements = x.numel() // 2
+    y = kernels.poisoned(elements + 64, dtype=x.dtype)
+    kernels.launch("gated_depthwise_conv", x.dtype, x, weight, bias, y, batch, channels // 2, height, width)
+    assert y[elements:].isnan().all()
+    return y[:elements].view(batch, channels // 2, height, width)
+
+
+def expected_in_fp64(x, weight, bias):
+    """The reference, which computes in FP32 only, in FP64."""
+    z = F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=len(weight))
+    gate, value = z.chunk(2, dim=1)
+    return (F.gelu(gate) * value).to(x.dtype)
+
+
+def random_on_gpu(shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda")
+    weight = torch.randn(shape[1], 1, 3, 3, device="cuda") / 3
+    bias = torch.randn(shape[1], device="cuda")
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 254, 5, 7),
+        (2, 2, 1, 1),
+        (1, 2, 1, 4),
+        (1, 42, 1, 13),
+        (3, 6, 8, 3),
+        (2, 6, 25, 8),  # two strips and a row
+        (1, 2, 12, 130),
+        (1, 254, 256, 256),
+        (1, 508, 64, 64),
+        (1, 2042, 32, 32),
+        (2, 10, 253, 251),
+        (1, 12, 720, 1280),
+    ],
+)
+def test_kernel_is_the_reference(shape, dtype):
+    inputs = random_on_gpu(shape, dtype)
+    y = launched(*inputs)
+    kernels.assert_close(y, expected_in_fp64(*inputs))
+    assert torch.equal(y, launched(*inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_on_zero_constant_and_large_values(dtype):
+    x, weight, bias = random_on_gpu((1, 8, 14, 20), dtype)
+    # large gates are passed or stopped entirely; the product stays within FP16
+    large = torch.cat([1000 * x[:, :4], x[:, 4:]], dim=1)
+    for case in (torch.zeros_like(x), torch.full_like(x, 7), large):
+        kernels.assert_close(launched(case, weight, bias), expected_in_fp64(case, weight, bias))
+
+
+@pytest.mark.gpu
+def test_kernel_accepts_empty_batches():
+    inputs = random_on_gpu((0, 8, 4, 4), torch.float32)
+    assert launched(*inputs).shape == (0, 4, 4, 4)

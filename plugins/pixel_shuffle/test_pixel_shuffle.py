@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from plugins import find
+from plugins import find, kernels
 from plugins.pixel_shuffle.reference import pixel_shuffle
 from plugins.testing import assert_close, export_graph, grafted, run_function
 
@@ -31,3 +31,33 @@ def test_pattern_refuses_the_other_channel_order():
     graph = export_graph(torch.nn.PixelShuffle(2), ("batch", 12, "h", "w"), {"batch": 2, "h": 6, "w": 10})
     next(node for node in graph.nodes if node.op == "DepthToSpace").attrs["mode"] = "DCR"
     assert PLUGIN.pattern.matches(graph) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "factor"),
+    [
+        ((1, 96, 1, 1), 2),
+        ((2, 4, 3, 5), 2),
+        ((2, 12, 2, 6), 2),
+        ((2, 12, 2, 12), 2),
+        ((3, 18, 2, 7), 3),
+        ((1, 32, 2, 3), 4),
+        ((2, 3, 5, 7), 1),
+        ((0, 4, 2, 2), 2),
+        ((1, 192, 128, 128), 2),
+        ((2, 768, 32, 32), 2),
+        ((1, 12, 720, 1280), 2),
+        ((1, 4, 359, 639), 2),
+    ],
+)
+def test_kernel_is_the_reference(shape, factor, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    expected = pixel_shuffle(x, factor)
+    y = kernels.poisoned(x.numel() + 64, dtype=dtype)
+    batch, channels, height, width = shape
+    kernels.launch("pixel_shuffle", dtype, x, y, batch, channels // factor**2, height, width, factor)
+    assert torch.equal(y[: x.numel()].view(expected.shape), expected)
+    assert y[x.numel() :].isnan().all()  # nothing behind the end

@@ -21,7 +21,7 @@ def moves_blocks_to_channels(node: gs.Node) -> bool:
 
 
 x = Value(rank=4)
-PATTERN = Reshaped(Op("Transpose", Reshaped(x, rank=6), where=moves_blocks_to_channels), rank=4)
+PATTERN = Reshaped(Op("Transpose", Reshaped(x, rank=6, longest=True), where=moves_blocks_to_channels), rank=4)
 
 
 def matches(graph: gs.Graph) -> list[Match]:

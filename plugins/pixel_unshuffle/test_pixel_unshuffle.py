@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from plugins import find
+from plugins import find, kernels
 from plugins.pixel_unshuffle.reference import pixel_unshuffle
 from plugins.testing import assert_close, export_graph, grafted, run_function
 
@@ -40,3 +40,33 @@ def test_pattern_refuses_space_to_depth():
     graph = export_graph(SpaceToDepth(), (2, 4, 6, 10), {})
     assert any(node.op == "Transpose" for node in graph.nodes)
     assert PLUGIN.pattern.matches(graph) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "factor"),
+    [
+        ((1, 24, 2, 2), 2),
+        ((2, 1, 6, 10), 2),
+        ((2, 3, 4, 12), 2),
+        ((2, 3, 4, 24), 2),
+        ((3, 5, 9, 3), 3),
+        ((1, 2, 8, 12), 4),
+        ((2, 3, 5, 7), 1),
+        ((0, 4, 2, 2), 2),
+        ((1, 24, 256, 256), 2),
+        ((2, 96, 64, 64), 2),
+        ((1, 12, 720, 1280), 2),
+        ((1, 3, 718, 1278), 2),
+    ],
+)
+def test_kernel_is_the_reference(shape, factor, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    expected = pixel_unshuffle(x, factor)
+    y = kernels.poisoned(x.numel() + 64, dtype=dtype)
+    batch, channels, height, width = shape
+    kernels.launch("pixel_unshuffle", dtype, x, y, batch, channels, height, width, factor)
+    assert torch.equal(y[: x.numel()].view(expected.shape), expected)
+    assert y[x.numel() :].isnan().all()  # nothing behind the end

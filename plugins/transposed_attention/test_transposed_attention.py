@@ -1,9 +1,12 @@
+import ctypes
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.restormer.network import TransposedAttention
-from plugins import find
+from plugins import find, kernels
 from plugins.testing import assert_close, export_graph, grafted, run_function
 from plugins.transposed_attention.reference import transposed_attention
 
@@ -62,3 +65,116 @@ def test_pattern_refuses_attention_without_normalisation():
     graph = export_graph(Plain(8, 2, bias=False), ("batch", 8, 4, 4), {"batch": 2})
     assert any(node.op == "Softmax" for node in graph.nodes)
     assert PLUGIN.pattern.matches(graph) == []
+
+
+def launched(qkv, temperature):
+    """The kernels' result; they write neither behind y nor behind their workspace."""
+    batch, channels, height, width = qkv.shape
+    heads = len(temperature)
+    sizes = (batch, heads, channels // 3 // heads, height * width)
+    workspace_bytes = kernels.library().transposed_attention_workspace_bytes
+    workspace_bytes.restype = ctypes.c_int64
+    floats = workspace_bytes(*map(ctypes.c_int64, sizes)) // 4
+    workspace = kernels.poisoned(floats + 64, dtype=torch.float32)
+    elements = qkv.numel() // 3
+    y = kernels.poisoned(elements + 64, dtype=qkv.dtype)
+    kernels.launch("transposed_attention", qkv.dtype, qkv, temperature, y, workspace, *sizes)
+    assert workspace[floats:].isnan().all()
+    assert y[elements:].isnan().all()
+    return y[:elements].view(batch, channels // 3, height, width)
+
+
+def expected_in_fp64(qkv, temperature):
+    """The reference, which computes in FP32 only, in FP64."""
+    batch, channels, height, width = qkv.shape
+    heads = len(temperature)
+    q, k, v = qkv.double().view(batch, 3, heads, channels // 3 // heads, height * width).unbind(1)
+    q, k = (F.normalize(rows, dim=-1) for rows in (q, k))
+    y = (q @ k.transpose(-2, -1) * temperature.double()).softmax(-1) @ v
+    return y.view(batch, channels // 3, height, width).to(qkv.dtype)
+
+
+def random_on_gpu(sizes, dtype):
+    batch, channels, heads, height, width = sizes
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, 3 * channels, height, width, device="cuda")
+    temperature = torch.empty(heads, 1, 1, device="cuda").uniform_(0.5, 2)
+    return qkv.to(dtype), temperature.to(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "sizes",  # batch, channels, heads, height, width
+    [
+        (1, 48, 1, 1, 1),
+        (1, 48, 1, 7, 9),
+        (2, 6, 3, 1, 1),
+        (3, 16, 16, 5, 4),
+        (2, 34, 2, 5, 13),  # 17 channels a head
+        (1, 97, 1, 9, 8),
+        (1, 128, 1, 43, 3),
+        (2, 256, 2, 8, 8),
+        (140, 3, 1, 13, 10),  # more heads than half the blocks aimed at
+        (1, 48, 1, 256, 256),
+        (1, 96, 2, 128, 128),
+        (1, 192, 4, 64, 64),
+        (1, 384, 8, 32, 32),
+        (1, 96, 1, 256, 256),
+        (1, 96, 1, 253, 255),
+        (1, 48, 1, 720, 1280),
+    ],
+)
+def test_kernel_is_the_reference(sizes, dtype):
+    qkv, temperature = random_on_gpu(sizes, dtype)
+    y = launched(qkv, temperature)
+    kernels.assert_close(y, expected_in_fp64(qkv, temperature))
+    assert torch.equal(y, launched(qkv, temperature))  # no atomics: bit by bit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels", [48, 96, 128])
+def test_kernel_tells_channels_apart(channels, dtype):
+    """Each channel of q is one of k, so that softmax picks a row of v: random q and k average them all."""
+    torch.manual_seed(0)
+    q, v = torch.randn(2, 1, channels, 24, 24, device="cuda")
+    k = q[:, torch.randperm(channels)]
+    qkv = torch.cat([q, k, v], dim=1).to(dtype)
+    temperature = torch.full((1, 1, 1), 8.0, dtype=dtype, device="cuda")
+    kernels.assert_close(launched(qkv, temperature), expected_in_fp64(qkv, temperature))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_on_zero_constant_and_large_channels(dtype):
+    qkv, temperature = random_on_gpu((1, 96, 2, 24, 40), dtype)
+    zeros = qkv.clone()
+    zeros[:, [0, 97, 200]] = 0  # one each of q, k and v
+    constant = torch.full_like(qkv, 7)
+    # their squares, and sums of products, are beyond FP16
+    large = (30000 * qkv.float().clamp(-2, 2)).to(dtype)
+    for case in (zeros, constant, large, torch.zeros_like(qkv)):
+        kernels.assert_close(launched(case, temperature), expected_in_fp64(case, temperature))
+
+
+@pytest.mark.gpu
+def test_workspace_for_the_largest_image_is_enough_for_smaller_ones():
+    workspace_bytes = kernels.library().transposed_attention_workspace_bytes
+    workspace_bytes.restype = ctypes.c_int64
+    for heads in (1, 2, 8, 131, 300):
+        needed = [workspace_bytes(*map(ctypes.c_int64, (1, heads, 48, pixels))) for pixels in range(0, 40000, 61)]
+        assert needed == sorted(needed)
+
+
+@pytest.mark.gpu
+def test_kernel_refuses_more_channels_than_it_has_room_for():
+    qkv, temperature = random_on_gpu((1, 129, 1, 2, 2), torch.float32)
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        launched(qkv, temperature)
+
+
+@pytest.mark.gpu
+def test_kernel_accepts_empty_batches():
+    qkv, temperature = random_on_gpu((0, 48, 1, 4, 4), torch.float32)
+    assert launched(qkv, temperature).shape == (0, 48, 4, 4)

@@ -1,0 +1,23 @@
+#pragma once
+
+#include "common/launch.h"
+
+namespace trt_graft {
+
+// present = cache, with key and value written to slot `position`;
+// y = softmax(query · scale · present_keyᵀ) · present_value per head, over the slots 0 … position.
+//
+// query, key, value, y         (batch, 1, heads·head_dim), head_dim ≤ 128
+// key_cache, value_cache,
+// present_key, present_value   (batch, heads, capacity, head_dim), capacity ≥ 1
+// position                     one int32 on the device, clamped to 0 … capacity − 1
+//
+// A present cache may be the cache itself, and then only its slot `position` is written; otherwise they do not overlap.
+TRT_GRAFT_API cudaError_t launch_cached_self_attention(DataType type, const void* query, const void* key,
+                                                       const void* value, const void* key_cache,
+                                                       const void* value_cache, const int32_t* position, void* y,
+                                                       void* present_key, void* present_value, int64_t batch,
+                                                       int64_t heads, int64_t capacity, int64_t head_dim, float scale,
+                                                       cudaStream_t stream);
+
+}  // namespace trt_graft

@@ -1,0 +1,15 @@
+#pragma once
+
+#include "common/launch.h"
+
+namespace trt_graft {
+
+// y[b, :, p] = (x[b, :, p] − s·mean) / √(variance + epsilon) · weight + bias, s = 1 if subtract_mean, else 0.
+//
+// x, y    (batch, channels, pixels)
+// weight  (channels), bias (channels)
+TRT_GRAFT_API cudaError_t launch_channel_layer_norm(DataType type, const void* x, const void* weight, const void* bias,
+                                                    void* y, int64_t batch, int64_t channels, int64_t pixels,
+                                                    float epsilon, int32_t subtract_mean, cudaStream_t stream);
+
+}  // namespace trt_graft

@@ -1,0 +1,65 @@
+"""The kernels' C functions, called from Python with PyTorch tensors: how tests and benchmarks reach them without
+TensorRT.
+
+    cmake -S plugins -B build/plugins -G Ninja -D TRT_GRAFT_KERNELS_ONLY=ON && ninja -C build/plugins
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from plugins import library_path
+
+# the order of trt_graft::DataType
+DATA_TYPES = {torch.float32: 0, torch.float16: 1}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(library_path()))
+
+
+def launch(plugin: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    """Calls `launch_<plugin>(type, arguments…, stream)` on PyTorch's current stream; raises RuntimeError if it fails.
+
+    Tensors, which must be contiguous and on the GPU, pass as pointers, sizes as int64, flags as int32.
+    """
+    function = getattr(library(), f"launch_{plugin}")
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    error = function(ctypes.c_int32(DATA_TYPES[dtype]), *map(as_c, arguments), stream)
+    if error:
+        raise RuntimeError(f"launch_{plugin} failed with CUDA error {error}")
+
+
+def as_c(argument: Tensor | int | float) -> ctypes._SimpleCData:
+    if isinstance(argument, Tensor):
+        assert argument.is_cuda
+        assert argument.is_contiguous()
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, bool):
+        return ctypes.c_int32(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output on the GPU full of NaN: an element that a kernel leaves out shows."""
+    return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+
+
+# A kernel sums in FP32 and rounds once.  FP32 sums in another order than PyTorch's differ by some units in the last
+# place; FP16 results by half a unit, or by one where the FP32 values straddle a boundary.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal shape and type, all finite, and equal within TOLERANCE of the largest value."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.cpu().double(), expected.cpu().double(), rtol=0, atol=TOLERANCE[actual.dtype] * scale
+    )

@@ -1,0 +1,35 @@
+// PixelUnshuffle (x (B, C, H, W)) → y (B, C·r², H/r, W/r); attribute factor = r.
+#include "common/op.h"
+#include "pixel_unshuffle/kernel.cuh"
+
+namespace trt_graft {
+namespace {
+
+class PixelUnshufflePlugin final : public ClonableOp<PixelUnshufflePlugin> {
+  public:
+    const char* name() const override { return "PixelUnshuffle"; }
+    std::vector<Attribute> attributes() override { return {attribute("factor", factor_)}; }
+    int32_t inputs() const override { return 1; }
+    std::vector<Shape> outputs() const override {
+        return {of({{0, 0}, {0, 1, int64_t{factor_} * factor_}, {0, 2, 1, factor_}, {0, 3, 1, factor_}})};
+    }
+    const char* refuse(const Sizes& sizes) const override {
+        if (sizes.rank(0) != 4) return "x must be (B, C, H, W)";
+        if ((sizes(0, 2) > 0 && sizes(0, 2) % factor_ != 0) || (sizes(0, 3) > 0 && sizes(0, 3) % factor_ != 0)) {
+            return "height and width must be multiples of the factor";
+        }
+        return nullptr;
+    }
+    cudaError_t enqueue(const Sizes& sizes, const Call& call) const override {
+        return launch_pixel_unshuffle(call.type, call.in[0], call.out[0], sizes(0, 0), sizes(0, 1), sizes(0, 2),
+                                      sizes(0, 3), factor_, call.stream);
+    }
+
+  private:
+    int32_t factor_ = 1;
+};
+
+const Registered<PixelUnshufflePlugin> registered;
+
+}  // namespace
+}  // namespace trt_graft

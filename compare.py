@@ -18,6 +18,7 @@ Leaves build/<model>/report.md, report.json and report.png.  Exit status 1 when 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -26,8 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
@@ -75,19 +78,23 @@ class Measurement:
 
 
 class TorchExecutor:
-    """Runs the parts' PyTorch modules; `record` keeps the inputs of a middle call of each part."""
+    """Runs the parts' PyTorch modules.  While `recording`, it keeps the inputs of one call of each part: the last whose
+    number is a power of two, which lies in the second half."""
 
     def __init__(self, loaded: LoadedModel, wrap: Callable[[nn.Module], Any] = lambda module: module) -> None:
         self.parts = {exportable.part.name: exportable.part for exportable in loaded.parts}
         self.modules = {exportable.part.name: wrap(exportable.module) for exportable in loaded.parts}
-        self.recorded: Dict[str, List[Mapping[str, np.ndarray]]] = {}
         self.recording = False
+        self.recorded: Dict[str, Dict[str, np.ndarray]] = {}
+        self.calls: Counter[str] = Counter()
 
     def run(self, part: str, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         import torch
 
         if self.recording:
-            self.recorded.setdefault(part, []).append(dict(inputs))
+            self.calls[part] += 1
+            if self.calls[part] & (self.calls[part] - 1) == 0:
+                self.recorded[part] = dict(inputs)
         spec = self.parts[part]
         with torch.inference_mode():
             outputs = self.modules[part](*(torch.from_numpy(inputs[tensor.name]) for tensor in spec.inputs))
@@ -110,7 +117,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
     items = pickle.loads((shared / "items.pickle").read_bytes())
     environment = {"Python": platform.python_version(), "numpy": np.__version__}
     executor: Executor
-    whole: Callable[[], List[Any]]
+    original: Optional[Callable[[Sequence[Any]], List[Any]]] = None
 
     if kind in (REFERENCE, "torch.compile"):
         import torch
@@ -119,11 +126,11 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         loaded = spec.load(manifest["weights_argument"])
         executor = TorchExecutor(loaded, torch.compile if kind == "torch.compile" else lambda module: module)
         if kind == REFERENCE:
+            original = loaded.original
             executor.recording = True
             spec.run(executor, settings, folder.path, items[: spec.batch_size])
             executor.recording = False
-            middle = {part: calls[len(calls) // 2] for part, calls in executor.recorded.items()}
-            (shared / "part_inputs.pickle").write_bytes(pickle.dumps(middle, protocol=4))
+            (shared / "part_inputs.pickle").write_bytes(pickle.dumps(executor.recorded, protocol=4))
     elif kind == "tensorrt":
         executor = TensorRTExecutor(folder, precision)
         environment["TensorRT"] = manifest["engines"][precision][folder.parts()[0].name]["tensorrt"]
@@ -133,20 +140,13 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         environment["ONNX Runtime"] = onnxruntime.__version__
         executor = OnnxRuntimeExecutor(folder, precision if kind == "patched" else "")
 
-    if kind == REFERENCE and loaded.original is not None:
-        original = loaded.original
-        whole = lambda: in_batches(original, items, spec.batch_size)  # noqa: E731
-    else:
-        whole = lambda: in_batches(  # noqa: E731
-            lambda batch: spec.run(executor, settings, folder.path, batch), items, spec.batch_size
-        )
-
     parts, part_ms = {}, {}
     for name, inputs in pickle.loads((shared / "part_inputs.pickle").read_bytes()).items():
         part = next(part for part in folder.parts() if part.name == name)
-        outputs, part_ms[name] = timed(lambda: executor.run(name, inputs))  # noqa: B023  (called at once)
+        outputs, part_ms[name] = timed(partial(executor.run, name, inputs))
         parts[name] = {tensor.name: as_numpy(outputs[tensor.name]) for tensor in part.outputs}
-    results, total_ms = timed(whole)
+    run_batch = original or partial(spec.run, executor, settings, folder.path)
+    results, total_ms = timed(partial(in_batches, run_batch, items, spec.batch_size))
     measurement = Measurement(parts, part_ms, results, total_ms, environment)
     (shared / f"{label}.pickle").write_bytes(pickle.dumps(measurement, protocol=4))
 
@@ -359,7 +359,7 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
         ],
     )
     lines += ["## Error of each part", ""]
-    lines += ["Each part gets the inputs that it had in a middle call of the PyTorch run.  Relative errors are to the"]
+    lines += ["Each part gets the inputs that it had in a call late in the PyTorch run.  Relative errors are to the"]
     lines += ["reference's magnitude, but to no less than 0.1 % of its largest.", ""]
     statistics = [f"{kind} {name}" for kind in ("abs", "rel") for name in STATISTICS]
     lines += table(
@@ -478,7 +478,7 @@ def main() -> int:
     arguments.add_argument("--images", type=Path, metavar="FOLDER", help="own data instead of the built-in samples")
     arguments.add_argument("--labels", type=Path, metavar="FILE", help="the truth for --images: tab-separated pairs")
     arguments.add_argument("--write-samples", type=Path, metavar="FOLDER", help="store the built-in samples, and stop")
-    arguments.add_argument("--worker", nargs=2, metavar=("LABEL", "FOLDER"), help="run one executor (internal)")
+    arguments.add_argument("--worker", nargs=2, metavar=("LABEL", "FOLDER"), help=argparse.SUPPRESS)
     options = arguments.parse_args()
     folder = BuildFolder(options.build_dir, options.model)
     if options.worker:

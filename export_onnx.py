@@ -157,7 +157,7 @@ def as_arrays(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> list[np.ndarr
 
 def export_model(folder: BuildFolder, loaded: LoadedModel, weights_argument: str) -> bool:
     """Exports and checks every part; the manifest is written only when all passed."""
-    folder.manifest_path.unlink(missing_ok=True)  # what it described is about to be replaced
+    folder.clear()
     print(f"{folder.spec.title}: {loaded.weights}")
     passed = True
     for exportable in loaded.parts:

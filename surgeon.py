@@ -215,6 +215,7 @@ def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[s
     used = [name for name in found if name not in without]
     model = finish(graph, used)
     target = folder.onnx(part.name, precision)
+    folder.engine(part.name, precision).unlink(missing_ok=True)  # it was built from the graph that is replaced now
     with replacing(target) as temporary:
         onnx.save(model, temporary)
         absolute, relative = largest_errors(folder, part, temporary, precision)
@@ -245,6 +246,7 @@ def main() -> int:
         patched[part.name], part_passed = patch(folder, part, options.precision, without)
         passed = passed and part_passed
     manifest.setdefault("patched", {})[options.precision] = patched
+    manifest.get("engines", {}).pop(options.precision, None)
     folder.write_manifest(manifest)
     return 0 if passed else 1
 

@@ -105,6 +105,14 @@ class BuildFolder:
         with replacing(self.manifest_path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def clear(self) -> None:
+        """Removes what all steps have left: it belongs to other weights than those about to be exported."""
+        self.manifest_path.unlink(missing_ok=True)
+        if self.path.is_dir():
+            for path in self.path.iterdir():
+                if path.suffix in (".onnx", ".npz", ".engine"):
+                    path.unlink()
+
     def parts(self) -> List[Part]:
         return [Part.from_json(part) for part in self.manifest()["parts"]]
 

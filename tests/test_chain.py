@@ -133,6 +133,19 @@ def test_patterns_left_out_stay_as_they_were(copied, model, precision):
         assert np.isfinite(session(copied / model / f"network.{precision}.onnx").run(None, {"image": zeros})[0]).all()
 
 
+def test_a_step_run_again_leaves_nothing_of_the_steps_after_it(copied):
+    """Graphs and engines of other weights, or of another surgery, must not be taken for those of these."""
+    for precision in ("fp32", "fp16"):
+        for part in PARTS["trocr"]:
+            (copied / "trocr" / f"{part}.{precision}.engine").touch()
+    succeeds("surgeon.py", "trocr", "--precision", "fp16", "--build-dir", copied)
+    left = {path.name for path in (copied / "trocr").glob("*.engine")}
+    assert left == {f"{part}.fp32.engine" for part in PARTS["trocr"]}
+    succeeds("export_onnx.py", "trocr", "--build-dir", copied)
+    graphs = {path.name for path in (copied / "trocr").iterdir() if path.suffix in (".onnx", ".engine")}
+    assert graphs == {f"{part}.onnx" for part in PARTS["trocr"]}
+
+
 def test_one_plugin_left_out(copied):
     output = succeeds("surgeon.py", "restormer", "--without", "channel_layer_norm", "--build-dir", copied)
     assert "channel_layer_norm" not in output

@@ -13,6 +13,8 @@ Each executor runs in a process of its own, on the same inputs:
     patched        the patched graphs in ONNX Runtime, per precision
     tensorrt       the engines, per precision
 
+PyTorch and ONNX Runtime run on the CPU, TensorRT on the GPU.
+
 Leaves build/<model>/report.md, report.json and report.png.  Exit status 1 when a bar is missed or an executor fails.
 """
 
@@ -371,7 +373,12 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
             if label != REFERENCE
         ],
     )
-    lines += ["## Latency", "", "Median (20th to 80th percentile) in ms, transfers included.  Whole: per sample.", ""]
+    lines += [
+        "## Latency",
+        "",
+        "Median (20th to 80th percentile) in ms, transfers included.  Whole: per sample.  PyTorch and ONNX",
+    ]
+    lines += ["Runtime run on the CPU, TensorRT on the GPU.", ""]
     names = list(next(iter(rows.values()))["part_ms"])
     lines += table(
         ["executor", "whole", *names],

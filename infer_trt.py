@@ -111,10 +111,7 @@ class TensorRTExecutor:
         self.engines, self.contexts = {}, {}
         for name in self.parts:
             path = folder.require(folder.engine(name, precision), *step)
-            for key, value in here.items():
-                if engines[name][key] != value:
-                    built = engines[name][key] or "none"
-                    raise Unusable(f"{path} was built for another {key} ({built}): run `{folder.command(*step)}` again")
+            refuse_foreign(path, engines.get(name, {}), here, folder.command(*step))
             engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
             if engine is None:
                 raise Unusable(f"{path} does not fit {tensorrt} on this GPU: run `{folder.command(*step)}`")
@@ -172,6 +169,14 @@ class TensorRTExecutor:
         value = self.empty(array.shape, dtype)
         self.cuda.memcpy_htod(int(value.memory), np.ascontiguousarray(array, dtype))
         return value
+
+
+def refuse_foreign(engine: Path, built: Mapping[str, Any], here: Mapping[str, Any], command: str) -> None:
+    """Raises Unusable if an engine was built for something else than `build_engine.identity` finds here."""
+    for key, value in here.items():
+        if built.get(key) != value:
+            what = f"{key} {built.get(key) or 'none'}, here is {value or 'none'}"
+            raise Unusable(f"{engine} was built for {what}: run `{command}` again")
 
 
 def tensorrt_obstacle() -> Optional[str]:

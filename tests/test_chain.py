@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from export_onnx import check
+from infer_trt import refuse_foreign
 from models.restormer.checkpoint import load
+from models.spec import Unusable
 from tests.conftest import MODELS, ROOT, run_step
 
 PARTS = {"restormer": ["network"], "trocr": ["encoder", "prefill", "step"]}
@@ -387,6 +389,26 @@ def test_compute_capability_that_tensorrt_rtx_does_not_know(refused, built):
 # ---------------------------------------------------------------------------------------------------------------------
 # Where execution runs
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("built", "reason"),
+    [
+        (
+            {"tensorrt": "TensorRT 8.6.1", "gpu": "A", "plugins": "1f"},
+            "tensorrt TensorRT 8.6.1, here is TensorRT 8.6.0",
+        ),
+        ({"tensorrt": "TensorRT 8.6.0", "gpu": "B", "plugins": "1f"}, "gpu B, here is A"),
+        ({"tensorrt": "TensorRT 8.6.0", "gpu": "A", "plugins": None}, "plugins none, here is 1f"),
+        ({}, "tensorrt none"),  # an engine of which the manifest knows nothing
+    ],
+)
+def test_engines_built_for_something_else_are_refused(built, reason):
+    here = {"tensorrt": "TensorRT 8.6.0", "gpu": "A", "plugins": "1f"}
+    refuse_foreign(Path("x.engine"), here, here, "python build_engine.py trocr")
+    with pytest.raises(Unusable, match=reason) as problem:
+        refuse_foreign(Path("x.engine"), built, here, "python build_engine.py trocr")
+    assert "run `python build_engine.py trocr` again" in str(problem.value)
 
 
 def test_execution_needs_no_pytorch():

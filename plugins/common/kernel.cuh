@@ -52,20 +52,6 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// Sum over a block of THREADS threads (a multiple of 32); every thread gets it.  In a fixed order: results repeat.
-template <int THREADS>
-__device__ float block_sum(float x) {
-    constexpr int kWarps = THREADS / 32;
-    __shared__ float partial[kWarps];
-    x = warp_sum(x);
-    __syncthreads();  // the sums of an earlier call may still be read
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-    __syncthreads();
-    float total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += partial[warp];
-    return total;
-}
-
 // Calls launch(T{}) with T the C++ type of `type`; the value is a tag only.
 template <typename Launch>
 cudaError_t dispatch(DataType type, Launch launch) {

@@ -95,7 +95,7 @@ def to_fp16(graph: gs.Graph, part: Part, keep_fp32: Collection[gs.Node]) -> None
     for tensor in graph.inputs:
         if is_float(tensor) and tensor.name in internal:
             tensor.dtype = half
-    # outputs get their types now, so that every node knows whether it produces them as they are
+    # what the type of each graph output must be
     outputs = {id(tensor): half if tensor.name in internal else single for tensor in graph.outputs if is_float(tensor)}
     casts = Casts()
     for node in graph.nodes:

@@ -2,9 +2,10 @@
 ARG TENSORRT_IMAGE=nvcr.io/nvidia/tensorrt:26.08-py3
 FROM ${TENSORRT_IMAGE}
 
-# cmake and g++ for the plugins, Python's headers for pycuda.
+# cmake, ninja and g++ for the plugins, Python's headers for pycuda.
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends cmake g++ python3-dev python3-venv \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        cmake g++ ninja-build python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # An environment over the image's packages: TensorRT's bindings are seen, the pins of requirements.txt win, and neither

@@ -6,7 +6,7 @@
 
 Reads build/<model>/<part>.<precision>.onnx and leaves build/<model>/<part>.<precision>.engine.  With `tensorrt` and a
 GPU the engine is built for that GPU; on a machine without one, TensorRT-RTX (`pip install tensorrt-rtx`) builds for the
-compute capabilities asked for.
+compute capabilities asked for.  Kernel timings are kept in build/*.timings, and make a second build quicker.
 
 Plugin nodes run the kernels of build/plugins/libtrt_graft.so where that library is built (plugins/CMakeLists.txt says
 how); else they are built from their ONNX functions, and the engine needs no library.
@@ -18,7 +18,7 @@ import ctypes
 import hashlib
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +56,20 @@ class TensorRT:
     @property
     def strongly_typed(self) -> bool:
         return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    def scratch_bytes(self, engine: Any) -> int:
+        """Device memory for intermediate results, enough for any shapes that the engine takes."""
+        return engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
+
+    def context(self, engine: Any, scratch: int, size: int) -> Any:
+        """An execution context that keeps intermediate results at the address `scratch`."""
+        if hasattr(self.module, "ExecutionContextAllocationStrategy"):
+            context = engine.create_execution_context(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context.set_device_memory(scratch, size)
+        else:
+            context = engine.create_execution_context_without_device_memory()
+            context.device_memory = scratch
+        return context
 
     def compute_capabilities(self, wanted: Sequence[str]) -> List[Any]:
         """The module's constants for versions such as "8.9"; raises Unusable for one that it cannot build for."""
@@ -106,8 +120,13 @@ def identity(tensorrt: TensorRT) -> Dict[str, Optional[str]]:
     }
 
 
-def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabilities: Sequence[str]) -> bytes:
-    """Parses a patched graph and builds its engine; raises Unusable with the nodes that TensorRT refuses."""
+def build(
+    tensorrt: TensorRT, part: Part, source: Path, precision: str, capabilities: Sequence[str], timings: Path
+) -> bytes:
+    """Parses a patched graph and builds its engine; raises Unusable with the nodes that TensorRT refuses.
+
+    timings  a file with the kernel timings of earlier builds, which is brought up to date
+    """
     trt = tensorrt.module
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -125,28 +144,42 @@ def build(tensorrt: TensorRT, part: Part, source: Path, precision: str, capabili
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if precision == "fp16" and not tensorrt.strongly_typed:
         config.set_flag(trt.BuilderFlag.FP16)
+    for sizes in part.profiles():
+        profile = builder.create_optimization_profile()
+        for tensor in part.inputs:
+            profile.set_shape(tensor.name, *profile_shapes(part, tensor, sizes))
+        config.add_optimization_profile(profile)
     if tensorrt.builds_without_gpu:
-        chosen = tensorrt.compute_capabilities(capabilities)
-        config.num_compute_capabilities = len(chosen)
-        for index, capability in enumerate(chosen):
-            config.set_compute_capability(capability, index)
+        for_compute_capabilities(config, tensorrt.compute_capabilities(capabilities))
     else:
-        # The sources whose libraries newer TensorRT lines no longer use either.
-        external = ("CUBLAS", "CUBLAS_LT", "CUDNN")
-        sources = config.get_tactic_sources()
-        for name in external:
-            if hasattr(trt.TacticSource, name):
-                sources &= ~(1 << int(getattr(trt.TacticSource, name)))
-        config.set_tactic_sources(sources)
-    profile = builder.create_optimization_profile()
-    for tensor in part.inputs:
-        profile.set_shape(tensor.name, *profile_shapes(part, tensor))
-    config.add_optimization_profile(profile)
+        for_this_gpu(trt, config)
+        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.is_file() else b""), False)
 
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise Unusable(f"{tensorrt} failed to build {source}; its log above says why")
+    if not tensorrt.builds_without_gpu:
+        with replacing(timings) as temporary:
+            temporary.write_bytes(config.get_timing_cache().serialize())
     return bytes(engine)
+
+
+def for_compute_capabilities(config: Any, chosen: Sequence[Any]) -> None:
+    config.num_compute_capabilities = len(chosen)
+    for index, capability in enumerate(chosen):
+        config.set_compute_capability(capability, index)
+
+
+def for_this_gpu(trt: ModuleType, config: Any) -> None:
+    """Settings that newer TensorRT lines have by default: no kernels of other libraries, and several execution contexts
+    for one optimisation profile."""
+    sources = config.get_tactic_sources()
+    for name in ("CUBLAS", "CUBLAS_LT", "CUDNN"):
+        if hasattr(trt.TacticSource, name):
+            sources &= ~(1 << int(getattr(trt.TacticSource, name)))
+    config.set_tactic_sources(sources)
+    if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
 
 def graph_for_parser(source: Path, with_plugins: bool) -> bytes:
@@ -166,11 +199,12 @@ def graph_for_parser(source: Path, with_plugins: bool) -> bytes:
     return model.SerializeToString()
 
 
-def profile_shapes(part: Part, tensor: TensorSpec) -> List[Sequence[int]]:
-    """The smallest, the usual and the largest shape of an input."""
+def profile_shapes(part: Part, tensor: TensorSpec, sizes: Mapping[str, int]) -> List[Sequence[int]]:
+    """The smallest shape of an input, the one at the sizes that a profile is tuned for, and the largest."""
     return [
-        tensor.sizes({dim.name: getattr(dim, which) for dim in part.dims})
-        for which in ("minimum", "optimum", "maximum")
+        tensor.sizes({dim.name: dim.minimum for dim in part.dims}),
+        tensor.sizes(sizes),
+        tensor.sizes({dim.name: dim.maximum for dim in part.dims}),
     ]
 
 
@@ -181,10 +215,12 @@ def describe(error: Any) -> str:
 
 
 def trtexec_line(tensorrt: TensorRT, part: Part, engine: Path) -> str:
-    """The command that times the engine at its usual shapes with NVIDIA's own tool."""
+    """The command that times the engine, at the shapes of its first profile, with NVIDIA's own tool."""
     tool = "tensorrt_rtx" if tensorrt.builds_without_gpu else "trtexec"
-    shapes = ",".join(f"{tensor.name}:{'x'.join(map(str, profile_shapes(part, tensor)[1]))}" for tensor in part.inputs)
-    return f"{tool} --loadEngine={engine} --shapes={shapes}"
+    sizes = part.profiles()[0]
+    shapes = ",".join(f"{tensor.name}:{'x'.join(map(str, tensor.sizes(sizes)))}" for tensor in part.inputs)
+    library = None if tensorrt.builds_without_gpu else plugins.library_path()
+    return f"{tool} --loadEngine={engine} --shapes={shapes}" + (f" --staticPlugins={library}" if library else "")
 
 
 def main() -> int:
@@ -213,9 +249,10 @@ def main() -> int:
     library = identity(tensorrt)["plugins"]
     print(f"building with {tensorrt} for {target}, {'with' if library else 'without'} the plugin library")
     engines: Dict[str, Any] = {}
+    timings = options.build_dir / f"{tensorrt.version}-{gpu_name()}.timings".replace(" ", "-")
     for part in folder.parts():
         started = time.perf_counter()
-        engine = build(tensorrt, part, sources[part.name], options.precision, options.compute_capability)
+        engine = build(tensorrt, part, sources[part.name], options.precision, options.compute_capability, timings)
         path = folder.engine(part.name, options.precision)
         with replacing(path) as temporary:
             temporary.write_bytes(engine)

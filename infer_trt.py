@@ -11,11 +11,15 @@ engines where they can run, and says so when it falls back to ONNX Runtime on th
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -63,6 +67,14 @@ class OnnxRuntimeExecutor:
         names = [tensor.name for tensor in spec.outputs]
         return dict(zip(names, self.sessions[part].run(names, typed)))
 
+    def latencies(self, part: str, inputs: Mapping[str, np.ndarray], repeats: int) -> List[float]:
+        measured = []
+        for _ in range(1 + repeats):
+            started = time.perf_counter()
+            self.run(part, inputs)
+            measured.append((time.perf_counter() - started) * 1e3)
+        return measured[1:]
+
     def zeros(self, part: str, name: str, dims: Mapping[str, int]) -> np.ndarray:
         tensor = next(tensor for tensor in self.parts[part].inputs if tensor.name == name)
         return np.zeros(tensor.sizes(dims), self.internal_dtype)
@@ -73,11 +85,22 @@ class OnnxRuntimeExecutor:
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """An internal value: memory on the GPU, which returns to its pool when the last user is gone."""
+    """An array in the GPU's memory."""
 
     memory: Any
     shape: Tuple[int, ...]
     dtype: np.dtype
+
+    @staticmethod
+    def empty(shape: Sequence[int], dtype: np.dtype) -> DeviceArray:
+        from pycuda import driver
+
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return DeviceArray(driver.mem_alloc(max(size, 1)), tuple(shape), dtype)
+
+    @property
+    def address(self) -> int:
+        return int(self.memory)
 
     @property
     def row_bytes(self) -> int:
@@ -91,84 +114,237 @@ class DeviceArray:
         return host
 
 
+class Call:
+    """A part at fixed shapes and addresses: an execution context, the arrays bound to it and, after its first run, a
+    CUDA graph of it.
+
+    arrays   tensor name → where it is on the GPU
+    staged   tensor name → page-locked host memory, for what passes between host and GPU
+    """
+
+    def __init__(self, context: Any, arrays: Mapping[str, DeviceArray], staged: Mapping[str, np.ndarray]) -> None:
+        self.context, self.arrays, self.staged = context, arrays, staged
+        self.graph: Any = None
+        for name, array in arrays.items():
+            context.set_tensor_address(name, array.address)
+
+    def launch(self, stream: Any) -> None:
+        """Queues a run.  In the first one TensorRT prepares itself for the shapes, which no graph can hold."""
+        if self.graph is None:
+            self.enqueue(stream)
+            self.graph = self.captured(stream)
+        else:
+            checked(cuda_runtime().cudaGraphLaunch(self.graph, stream.handle))
+
+    def enqueue(self, stream: Any) -> None:
+        if not self.context.execute_async_v3(stream.handle):
+            raise RuntimeError("TensorRT failed to run an engine; its log above says why")
+
+    def captured(self, stream: Any) -> Any:
+        """A run as a CUDA graph: one launch for all its kernels."""
+        runtime = cuda_runtime()
+        checked(runtime.cudaStreamBeginCapture(stream.handle, runtime.cudaStreamCaptureMode(1)))  # of this thread
+        try:
+            self.enqueue(stream)
+        finally:
+            (graph,) = checked(runtime.cudaStreamEndCapture(stream.handle))
+        (executable,) = checked(runtime.cudaGraphInstantiate(graph, 0))
+        checked(runtime.cudaGraphDestroy(graph))
+        return executable
+
+    def release(self) -> None:
+        if self.graph is not None:
+            checked(cuda_runtime().cudaGraphExecDestroy(self.graph))
+
+
+def cuda_runtime() -> ModuleType:
+    """cuda-python's bindings of the CUDA runtime; older releases have them in another place."""
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        return importlib.import_module("cuda.cudart")
+
+
+def checked(result: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """What a function of cuda-python returns behind its error code."""
+    error, *values = result
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA: {error}")
+    return tuple(values)
+
+
 class TensorRTExecutor:
-    """Runs the parts' engines on the GPU.  Internal values stay there."""
+    """Runs the parts' engines on the GPU.  Internal values stay there.
+
+    Shapes and addresses that come again find their context, arrays and CUDA graph ready: nothing is allocated then.
+    """
+
+    KEPT_CALLS = 32  # behind these, the least recently used one makes way
+    WARM_UPS = 5
 
     def __init__(self, folder: BuildFolder, precision: str) -> None:
         import pycuda.autoprimaryctx  # noqa: F401  (makes the context)
         import pycuda.driver as cuda
-        from pycuda.tools import DeviceMemoryPool
 
-        tensorrt = find_tensorrt()
-        trt = tensorrt.module
+        self.tensorrt = find_tensorrt()
+        trt = self.tensorrt.module
         step = ("build_engine.py", "--precision", precision)
-        self.cuda, self.pool, self.stream = cuda, DeviceMemoryPool(), cuda.Stream()
+        self.cuda, self.stream = cuda, cuda.Stream()
         self.parts = {part.name: part for part in folder.parts()}
         plugins.load_library()
-        engines = folder.manifest().get("engines", {}).get(precision, {})
-        here = identity(tensorrt)
+        manifest, here = folder.manifest(), identity(self.tensorrt)
+        built = manifest.get("engines", {}).get(precision, {})
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self.engines, self.contexts = {}, {}
+        self.engines: Dict[str, Any] = {}
         for name in self.parts:
             path = folder.require(folder.engine(name, precision), *step)
-            refuse_foreign(path, engines.get(name, {}), here, folder.command(*step))
-            engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
-            if engine is None:
-                raise Unusable(f"{path} does not fit {tensorrt} on this GPU: run `{folder.command(*step)}`")
-            self.engines[name], self.contexts[name] = engine, engine.create_execution_context()
-        self.dtype_of = trt.nptype
+            refuse_foreign(path, built.get(name, {}), here, folder.command(*step))
+            self.engines[name] = self.runtime.deserialize_cuda_engine(path.read_bytes())
+            if self.engines[name] is None:
+                raise Unusable(f"{path} does not fit {self.tensorrt} on this GPU: run `{folder.command(*step)}`")
+        self.dtypes = {
+            (part, tensor.name): np.dtype(trt.nptype(engine.get_tensor_dtype(tensor.name)))
+            for part, engine in self.engines.items()
+            for tensor in (*self.parts[part].inputs, *self.parts[part].outputs)
+        }
+        # part → output → input whose memory it takes, which our kernels allow and TensorRT's may not
+        patched = manifest["patched"][precision]
+        self.in_place = {name: patched[name]["in_place"] if here["plugins"] else {} for name in self.parts}
+        self.scratch_bytes = max(1, *(self.tensorrt.scratch_bytes(engine) for engine in self.engines.values()))
+        self.scratch = cuda.mem_alloc(self.scratch_bytes)
+        self.calls: OrderedDict[Any, Call] = OrderedDict()
+        self.zeroed: Dict[Any, DeviceArray] = {}
+        self.produced: Dict[Any, List[DeviceArray]] = {}
+        self.gathered: Dict[Any, DeviceArray] = {}
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
-        spec, engine, context = self.parts[part], self.engines[part], self.contexts[part]
-        bound = {}  # keeps the memory alive until the stream is done
-        for tensor in spec.inputs:
-            value = inputs[tensor.name]
+        call = self.uploaded(part, inputs)
+        call.launch(self.stream)
+        outputs = [tensor.name for tensor in self.parts[part].outputs]
+        for name in outputs:
+            if name in call.staged:
+                self.cuda.memcpy_dtoh_async(call.staged[name], call.arrays[name].memory, self.stream)
+        self.stream.synchronize()
+        return {name: call.staged[name].copy() if name in call.staged else call.arrays[name] for name in outputs}
+
+    def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
+        call = self.uploaded(part, inputs)
+        begin, end = self.cuda.Event(), self.cuda.Event()
+        measured = []
+        for _ in range(self.WARM_UPS + repeats):
+            begin.record(self.stream)
+            call.launch(self.stream)
+            end.record(self.stream)
+            end.synchronize()
+            measured.append(end.time_since(begin))
+        return measured[self.WARM_UPS :]
+
+    def layer_times(self, part: str, inputs: Mapping[str, Any], repeats: int) -> Dict[str, float]:
+        """Layer → median time in ms.  Layers are timed one by one: their sum exceeds the latency of the part."""
+
+        class Profiler(self.tensorrt.module.IProfiler):  # type: ignore[name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.times: Dict[str, List[float]] = {}
+
+            def report_layer_time(self, layer: str, ms: float) -> None:
+                self.times.setdefault(layer, []).append(ms)
+
+        given = {tensor.name: inputs[tensor.name] for tensor in self.parts[part].inputs}
+        call, profiler = self.prepared(part, given), Profiler()
+        self.upload(call, given)
+        call.enqueue(self.stream)
+        self.stream.synchronize()
+        call.context.profiler = profiler
+        for _ in range(repeats):
+            call.enqueue(self.stream)
+            self.stream.synchronize()
+        return {layer: float(np.median(times)) for layer, times in profiler.times.items()}
+
+    def uploaded(self, part: str, inputs: Mapping[str, Any]) -> Call:
+        """The call for these inputs, with those that come from the host on their way."""
+        given = {tensor.name: inputs[tensor.name] for tensor in self.parts[part].inputs}
+        addresses = (value.address if isinstance(value, DeviceArray) else None for value in given.values())
+        key = (part, *addresses, *(value.shape for value in given.values()))
+        if key not in self.calls:
+            self.calls[key] = self.prepared(part, given)
+            if len(self.calls) > self.KEPT_CALLS:
+                self.calls.popitem(last=False)[1].release()
+        self.calls.move_to_end(key)
+        self.upload(self.calls[key], given)
+        return self.calls[key]
+
+    def upload(self, call: Call, given: Mapping[str, Any]) -> None:
+        for name, value in given.items():
             if not isinstance(value, DeviceArray):
-                value = self.to_device(value, np.dtype(self.dtype_of(engine.get_tensor_dtype(tensor.name))))
+                call.staged[name][...] = value
+                self.cuda.memcpy_htod_async(call.arrays[name].address, call.staged[name], self.stream)
+
+    def prepared(self, part: str, given: Mapping[str, Any]) -> Call:
+        """A context for inputs of these shapes, with arrays for all that is not yet on the GPU."""
+        spec = self.parts[part]
+        context = self.tensorrt.context(self.engines[part], int(self.scratch), self.scratch_bytes)
+        sizes = spec.sizes_of({name: value.shape for name, value in given.items()})
+        context.set_optimization_profile_async(nearest(spec.profiles(), sizes), self.stream.handle)
+        arrays: Dict[str, DeviceArray] = {}
+        staged: Dict[str, np.ndarray] = {}
+        for tensor in spec.inputs:
+            value, dtype = given[tensor.name], self.dtypes[part, tensor.name]
             if not context.set_input_shape(tensor.name, value.shape):
                 raise Unusable(f"input {tensor.name} of shape {value.shape} is outside what the engine was built for")
-            bound[tensor.name] = value
+            if isinstance(value, DeviceArray):
+                arrays[tensor.name] = value
+            else:
+                arrays[tensor.name] = DeviceArray.empty(value.shape, dtype)
+                staged[tensor.name] = self.cuda.pagelocked_empty(value.shape, dtype)
+        taken = {array.address for array in arrays.values()}
         for tensor in spec.outputs:
-            dtype = np.dtype(self.dtype_of(engine.get_tensor_dtype(tensor.name)))
-            bound[tensor.name] = self.empty(tuple(context.get_tensor_shape(tensor.name)), dtype)
-        for name, value in bound.items():
-            context.set_tensor_address(name, int(value.memory))
-        if not context.execute_async_v3(self.stream.handle):
-            raise RuntimeError(f"TensorRT failed to run {part}")
-        outputs: Dict[str, Any] = {}
-        for tensor in spec.outputs:
-            value = bound[tensor.name]
-            if not tensor.internal:
-                host = self.cuda.pagelocked_empty(value.shape, value.dtype)
-                self.cuda.memcpy_dtoh_async(host, value.memory, self.stream)
-                value = host
-            outputs[tensor.name] = value
-        self.stream.synchronize()
-        return outputs
+            shape, dtype = tuple(context.get_tensor_shape(tensor.name)), self.dtypes[part, tensor.name]
+            if tensor.name in self.in_place[part]:
+                arrays[tensor.name] = arrays[self.in_place[part][tensor.name]]
+            elif tensor.internal:
+                arrays[tensor.name] = self.output((part, tensor.name, shape), dtype, taken)
+            else:
+                arrays[tensor.name] = DeviceArray.empty(shape, dtype)
+                staged[tensor.name] = self.cuda.pagelocked_empty(shape, dtype)
+        return Call(context, arrays, staged)
+
+    def output(self, key: Tuple[str, str, Tuple[int, ...]], dtype: np.dtype, taken: Collection[int]) -> DeviceArray:
+        """The array for an internal output: the same one each time, or its twin where that one is an input."""
+        twins = self.produced.setdefault(key, [])
+        for array in twins:
+            if array.address not in taken:
+                return array
+        twins.append(DeviceArray.empty(key[-1], dtype))
+        return twins[-1]
 
     def zeros(self, part: str, name: str, dims: Mapping[str, int]) -> DeviceArray:
         tensor = next(tensor for tensor in self.parts[part].inputs if tensor.name == name)
-        value = self.empty(tensor.sizes(dims), np.dtype(self.dtype_of(self.engines[part].get_tensor_dtype(name))))
-        self.cuda.memset_d8_async(int(value.memory), 0, value.row_bytes * value.shape[0], self.stream)
+        key = part, name, tensor.sizes(dims)
+        if key not in self.zeroed:
+            self.zeroed[key] = DeviceArray.empty(tensor.sizes(dims), self.dtypes[part, name])
+        value = self.zeroed[key]
+        self.cuda.memset_d8_async(value.address, 0, value.row_bytes * value.shape[0], self.stream)
         return value
 
     def rows(self, value: DeviceArray, indices: np.ndarray) -> DeviceArray:
-        gathered = self.empty((len(indices), *value.shape[1:]), value.dtype)
-        size = value.row_bytes
-        for target, source in enumerate(indices):
+        key = value.address, value.shape, len(indices)
+        if key not in self.gathered:
+            self.gathered[key] = DeviceArray.empty((len(indices), *value.shape[1:]), value.dtype)
+            if len(indices) == value.shape[0]:  # rows of rows return to the first array: two addresses are enough
+                self.gathered[self.gathered[key].address, value.shape, len(indices)] = value
+        target, size = self.gathered[key], value.row_bytes
+        for row, source in enumerate(indices):
             self.cuda.memcpy_dtod_async(
-                int(gathered.memory) + target * size, int(value.memory) + int(source) * size, size, self.stream
+                target.address + row * size, value.address + int(source) * size, size, self.stream
             )
-        self.stream.synchronize()  # `value` may be freed as soon as this returns
-        return gathered
+        return target
 
-    def empty(self, shape: Tuple[int, ...], dtype: np.dtype) -> DeviceArray:
-        return DeviceArray(self.pool.allocate(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize), shape, dtype)
 
-    def to_device(self, array: np.ndarray, dtype: np.dtype) -> DeviceArray:
-        value = self.empty(array.shape, dtype)
-        self.cuda.memcpy_htod(int(value.memory), np.ascontiguousarray(array, dtype))
-        return value
+def nearest(profiles: Sequence[Mapping[str, int]], sizes: Mapping[str, int]) -> int:
+    """The index of the profile whose sizes are closest, by the ratios."""
+    distances = [sum(abs(np.log(sizes[name] / tuned)) for name, tuned in profile.items()) for profile in profiles]
+    return int(np.argmin(distances))
 
 
 def refuse_foreign(engine: Path, built: Mapping[str, Any], here: Mapping[str, Any], command: str) -> None:

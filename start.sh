@@ -63,6 +63,11 @@ container_set_up() {
     docker build --tag "$image" --build-arg TENSORRT_IMAGE . >&2
     container_run nvidia-smi -L </dev/null >/dev/null || # standard input is the command's alone, too
         die "containers do not see the GPU: install nvidia-container-toolkit, or on WSL2 use Docker Desktop"
+    say "compiling the plugins, which takes a few minutes the first time"
+    {
+        container_run cmake -S plugins -B build/plugins -G Ninja -D TRT_GRAFT_ARCHITECTURES=native &&
+            container_run ninja -C build/plugins
+    } </dev/null >&2 || die "the plugins do not compile: see above"
 }
 
 container_run() {

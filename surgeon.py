@@ -13,6 +13,7 @@ exported graph's on random inputs (FP32: exit status 1 above 1e-5 of the largest
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def find_matches(graph: gs.Graph, part: Part, path: Path) -> dict[str, list[Matc
     return {name: matches for name, matches in found.items() if matches}
 
 
-def graft(graph: gs.Graph, plugin: plugins.Plugin, match: Match) -> None:
-    """Lets one plugin node produce the outputs of a matched subgraph."""
+def graft(graph: gs.Graph, plugin: plugins.Plugin, match: Match) -> gs.Node:
+    """Lets one plugin node, which it returns, produce the outputs of a matched subgraph."""
     producer = match.outputs[0].inputs[0]
     scope, separator, _ = producer.name.rpartition("/")
     node = gs.Node(
@@ -65,6 +66,7 @@ def graft(graph: gs.Graph, plugin: plugins.Plugin, match: Match) -> None:
         tensor.inputs.clear()
         node.outputs.append(tensor)
     graph.nodes.append(node)
+    return node
 
 
 def finish(graph: gs.Graph, used: Collection[str]) -> onnx.ModelProto:
@@ -204,27 +206,49 @@ def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[s
         raise Unusable(f"{source} is not a readable ONNX file: run `{command}` again") from problem
     nodes_before = len(graph.nodes)
     found = find_matches(graph, part, source)
-    for name, matches in found.items():
-        if name not in without:
-            for match in matches:
-                graft(graph, plugins.find(name), match)
+    owners: dict[str, str] = {}  # node → the plugin that does its work, or would
+    counts: Counter[str] = Counter()
+    replaced: set[int] = set()  # nodes
+    for name in sorted(found, key=lambda name: -plugins.find(name).reach):
+        for match in found[name]:
+            if name in without:
+                owners.update((node.name, name) for node in match.nodes if id(node) not in replaced)
+            elif not any(id(tensor.inputs[0]) in replaced for tensor in match.outputs):
+                replaced.update(map(id, match.nodes))
+                node = graft(graph, plugins.find(name), match)
+                replaced.add(id(node))
+                owners[node.name] = name
+                counts[name] += 1
     graph.cleanup()
     if precision == "fp16":
         left = [node for name in found if name in without for match in found[name] for node in match.nodes]
         to_fp16(graph, part, left)
-    used = [name for name in found if name not in without]
-    model = finish(graph, used)
+    model = finish(graph, counts)
     target = folder.onnx(part.name, precision)
     folder.engine(part.name, precision).unlink(missing_ok=True)  # it was built from the graph that is replaced now
     with replacing(target) as temporary:
         onnx.save(model, temporary)
         absolute, relative = largest_errors(folder, part, temporary, precision)
     passed = relative <= TOLERANCE if precision == "fp32" else np.isfinite(relative)
-    counts = {name: len(found[name]) for name in used}
     print(f"{target}: {nodes_before} → {len(model.graph.node)} nodes, {listed(counts) or 'no plugins'}")
     verdict = "" if passed else ": FAILED"
     print(f"  against {source.name} in ONNX Runtime: max abs error {absolute:.1e}, relative {relative:.1e}{verdict}")
-    return {"plugins": counts, "max_abs_error": absolute}, bool(passed)
+    report = {"plugins": counts, "in_place": in_place(graph), "owners": owners, "max_abs_error": absolute}
+    return report, bool(passed)
+
+
+def in_place(graph: gs.Graph) -> dict[str, str]:
+    """Graph output → the graph input whose memory it may take, because a plugin's kernel updates that in place."""
+    inputs = {id(tensor) for tensor in graph.inputs}
+    outputs = {id(tensor): tensor.name for tensor in graph.outputs}
+    by_op = {plugins.find(name).op: plugins.find(name) for name in plugins.names()}
+    return {
+        outputs[id(node.outputs[output])]: node.inputs[source].name
+        for node in graph.nodes
+        if node.domain == plugins.DOMAIN
+        for output, source in by_op[node.op].in_place.items()
+        if id(node.outputs[output]) in outputs and id(node.inputs[source]) in inputs
+    }
 
 
 def listed(counts: Mapping[str, int]) -> str:

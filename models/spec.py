@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Protocol,
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -33,11 +34,12 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Dim:
-    """A named dynamic dimension and the range that engines are built for."""
+    """A named dynamic dimension: the range that engines are built for, and the sizes that they are tuned for, one
+    optimisation profile each."""
 
     name: str
     minimum: int
-    optimum: int
+    optima: Tuple[int, ...]
     maximum: int
     multiple_of: int = 1
 
@@ -64,7 +66,8 @@ class TensorSpec:
 class Part:
     """One graph of a model.
 
-    `plugins` says how often each plugin's pattern occurs in it: surgery asserts these counts.
+    plugins   how often each plugin's pattern occurs in it: surgery asserts these counts
+    time_at   what it is timed at: sizes of the dims, and values of the integer inputs
     """
 
     name: str
@@ -72,6 +75,21 @@ class Part:
     outputs: Tuple[TensorSpec, ...]
     dims: Tuple[Dim, ...]
     plugins: Mapping[str, int] = field(default_factory=dict)
+    time_at: Tuple[Mapping[str, int], ...] = ()
+
+    def profiles(self) -> List[Dict[str, int]]:
+        """The sizes of the dims that engines are tuned for; a dim with fewer optima than others repeats its last."""
+        count = max((len(dim.optima) for dim in self.dims), default=1)
+        return [{dim.name: dim.optima[min(index, len(dim.optima) - 1)] for dim in self.dims} for index in range(count)]
+
+    def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> Dict[str, int]:
+        """The sizes of the dims, read off the shapes of the inputs."""
+        return {
+            size: actual
+            for tensor in self.inputs
+            for size, actual in zip(tensor.shape, shapes[tensor.name])
+            if isinstance(size, str)
+        }
 
     def to_json(self) -> Dict[str, Any]:
         return asdict(self)
@@ -81,8 +99,10 @@ class Part:
         def tensors(key: str) -> Tuple[TensorSpec, ...]:
             return tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data[key])
 
-        dims = tuple(Dim(**dim) for dim in data["dims"])
-        return Part(data["name"], tensors("inputs"), tensors("outputs"), dims, dict(data["plugins"]))
+        dims = tuple(Dim(**{**dim, "optima": tuple(dim["optima"])}) for dim in data["dims"])
+        return Part(
+            data["name"], tensors("inputs"), tensors("outputs"), dims, dict(data["plugins"]), tuple(data["time_at"])
+        )
 
 
 @dataclass(frozen=True)
@@ -111,11 +131,15 @@ class Executor(Protocol):
     """Runs the parts of one model.
 
     Outputs that are not internal are numpy arrays.  Internal ones are opaque: they stay wherever the executor keeps
-    them and are only handed back to it.
+    them and are only handed back to it.  They, and what `zeros` and `rows` return, may be overwritten when the same is
+    asked for again.
     """
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
         """Runs `part` on inputs by name and returns its outputs by name."""
+
+    def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
+        """Latencies in ms of `repeats` runs of `part` alone, with inputs and outputs where it computes."""
 
     def zeros(self, part: str, name: str, dims: Mapping[str, int]) -> Any:
         """A zero-filled value for the internal input `name` of `part`."""
@@ -131,11 +155,12 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its weights, in PyTorch on the CPU.
+    """A model with its weights, in PyTorch: on the CPU in FP32, until it is moved.
 
     weights      one line for every report: where the weights come from, variant, parameter count, seed if random
     settings     all that pre- and post-processing need, as JSON: it travels in the manifest
     original     items → results with the model as its authors run it; None where that is `ModelSpec.run` on the parts
+    workloads    `ModelSpec.workloads` as the authors' code does them, by name
     save_assets  writes further files that execution needs (a tokenizer) into the build folder
     """
 
@@ -143,7 +168,13 @@ class LoadedModel:
     parts: Sequence[ExportablePart]
     settings: Dict[str, Any]
     original: Optional[Callable[[Sequence[Any]], List[Any]]] = None
+    workloads: Callable[[], Mapping[str, Callable[[], Any]]] = dict
     save_assets: Callable[[Path], None] = lambda folder: None
+
+    def to(self, device: str, dtype: torch.dtype) -> None:
+        """Moves the parts, and `original` with them."""
+        for exportable in self.parts:
+            exportable.module.to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -178,6 +209,7 @@ class ModelSpec:
     """What the chain needs to know of a model.
 
     load        weights argument → LoadedModel (see `export_onnx.py --help`); the only function that imports PyTorch
+    workloads   settings → what is timed as a whole, by name: (executor) → anything
     is_input    (file in an input folder, settings) → whether it is one, rather than a companion of another
     read        (file, settings) → item; raises Unusable with the file's name
     run         (executor, settings, build folder, items) → results
@@ -204,6 +236,7 @@ class ModelSpec:
     score: Callable[[Sequence[Any], Sequence[Any]], Dict[str, float]]
     difference: Callable[[Sequence[Any], Sequence[Any]], Dict[str, float]]
     bars: Mapping[str, Sequence[Bar]]
+    workloads: Callable[[Mapping[str, Any]], Mapping[str, Callable[[Executor], Any]]] = lambda settings: {}
     is_input: Callable[[Path, Mapping[str, Any]], bool] = lambda path, settings: True
 
 

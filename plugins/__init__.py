@@ -2,7 +2,8 @@
 
 Every folder here with a `pattern.py` is a plugin:
 
-    pattern.py     OP, the ONNX operator's name, and matches(graph), the subgraphs that it replaces
+    pattern.py     OP, the ONNX operator's name, and matches(graph), the subgraphs that it replaces; FUSES, the
+                   plugins whose subgraphs lie within these, and IN_PLACE, outputs that may take inputs' memory
     reference.py   FUNCTION, the operator's meaning as an ONNX function body, and the same as a PyTorch function
     kernel.cu      launch_<plugin>, the same in CUDA
     plugin.cpp     how TensorRT calls it
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, List, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional
 
 from models.spec import Unusable
 
@@ -43,6 +44,16 @@ class Plugin:
     @property
     def op(self) -> str:
         return self.pattern.OP
+
+    @property
+    def reach(self) -> int:
+        """How many plugins' subgraphs lie within this one's, which goes first where both match."""
+        return sum(1 + find(name).reach for name in getattr(self.pattern, "FUSES", ()))
+
+    @property
+    def in_place(self) -> Dict[int, int]:
+        """Output → the input whose memory it may take: the kernel then updates that instead of copying it."""
+        return getattr(self.pattern, "IN_PLACE", {})
 
     @property
     def function(self) -> onnx.FunctionProto:

@@ -50,6 +50,25 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
 
 
+def pitch(channels: int, dtype: torch.dtype) -> int:
+    """Elements from one pixel of an image to the next, as in `common/launch.h`."""
+    return -(-channels // 8) * 8 if dtype == torch.float16 else channels
+
+
+def channel_last(x: Tensor) -> Tensor:
+    """An image (B, C, H, W) as the kernels take it: (B, H, W, pitch), the padding poisoned with NaN."""
+    batch, channels, height, width = x.shape
+    image = poisoned(batch, height, width, pitch(channels, x.dtype), dtype=x.dtype)
+    image[..., :channels] = x.permute(0, 2, 3, 1)
+    return image
+
+
+def channel_first(y: Tensor, channels: int) -> Tensor:
+    """An image (B, H, W, pitch) that a kernel has made as (B, C, H, W); its padding must be zeros."""
+    assert not y[..., channels:].any()
+    return y[..., :channels].permute(0, 3, 1, 2).contiguous()
+
+
 # A kernel sums in FP32 and rounds once.  FP32 sums in another order than PyTorch's differ by some units in the last
 # place; FP16 results by half a unit, or by one where the FP32 values straddle a boundary.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}

@@ -80,7 +80,7 @@ def export_graph(
 ) -> gs.Graph:
     """A one-input module as `export_onnx.py` writes it, with the named axes of `shape` dynamic."""
     names = [size for size in shape if isinstance(size, str)]
-    dims = tuple(Dim(name, 1, 8, 64, 1 if name == "batch" else multiple_of) for name in names)
+    dims = tuple(Dim(name, 1, (8,), 64, 1 if name == "batch" else multiple_of) for name in names)
     part = Part("part", (TensorSpec("x", "float32", tuple(shape)),), (TensorSpec("y", "float32", tuple(shape)),), dims)
 
     def inputs(sizes: Mapping[str, int], random: np.random.Generator) -> dict[str, np.ndarray]:

@@ -88,6 +88,7 @@ def test_every_pattern_becomes_a_plugin_node(built, precision):
     assert counts == {
         "ChannelLayerNorm": 26,
         "TransposedAttention": 13,
+        "DepthwiseConv": 13,
         "GatedDepthwiseConv": 13,
         "PixelUnshuffle": 3,
         "PixelShuffle": 3,

@@ -99,14 +99,14 @@ class Sandbox:
         ]
 
     def commands(self) -> List[List[str]]:
-        """What ran inside the environment so far."""
+        """What ran inside the environment so far, set-up left out."""
         inside = []
         for call in self.log():
             if call[:2] == ["docker", "run"]:
                 inside.append(call[call.index("trt-graft") + 1 :])
             elif call[0] in ("python", "pytest", "command") and call[1:3] != ["-m", "pip"]:
                 inside.append(call)
-        return [command for command in inside if command != ["nvidia-smi", "-L"]]
+        return [command for command in inside if command[0] not in ("nvidia-smi", "cmake", "ninja")]
 
 
 def write_script(path: Path, text: str) -> None:
@@ -160,9 +160,11 @@ def test_container_gets_gpu_folder_user_and_the_command_unchanged(gpu: Sandbox) 
 
 def test_image_is_built_before_the_command_runs(gpu: Sandbox) -> None:
     gpu.run("start.sh", "command")
-    build, check, run = gpu.log()
+    build, check, configure, compile_plugins, run = gpu.log()
     assert build == ["docker", "build", "--tag", "trt-graft", "--build-arg", "TENSORRT_IMAGE", "."]
     assert check[-3:] == ["trt-graft", "nvidia-smi", "-L"]
+    assert configure[configure.index("trt-graft") + 1 :][:5] == ["cmake", "-S", "plugins", "-B", "build/plugins"]
+    assert compile_plugins[-3:] == ["ninja", "-C", "build/plugins"]
     assert run[-2:] == ["trt-graft", "command"]
     assert not (gpu.home / ".venv").exists()
 
@@ -176,6 +178,13 @@ def test_containers_that_do_not_see_the_gpu(gpu: Sandbox) -> None:
     result = gpu.run("start.sh", "command", FAIL="trt-graft nvidia-smi")
     assert result.returncode == 2
     assert "nvidia-container-toolkit" in result.stderr.splitlines()[-1]
+    assert gpu.commands() == []
+
+
+def test_plugins_that_do_not_compile(gpu: Sandbox) -> None:
+    result = gpu.run("start.sh", "command", FAIL="trt-graft ninja")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "trt-graft: the plugins do not compile: see above"
     assert gpu.commands() == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from models.restormer.network import Architecture, Restormer
+from models.restormer.network import Architecture, GatedFeedForward, Restormer
 from models.spec import Dim, ExportablePart, LoadedModel, Part, TensorSpec, Unusable
 
 PUBLISHED = Architecture()
@@ -45,7 +47,7 @@ def load(weights: str) -> LoadedModel:
         origin = f"checkpoint {Path(weights).name}"
     network.eval()
     parameters = f"{sum(parameter.numel() for parameter in network.parameters()):,}".replace(",", " ")
-    exportable = exportable_part(network)
+    exportable = exportable_part(with_whole_packs(network))
     settings = {
         "in_channels": network.architecture.in_channels,
         "out_channels": network.architecture.out_channels,
@@ -152,6 +154,33 @@ def architecture_of(tensors: Mapping[str, Tensor], path: Path) -> Architecture:
     )
 
 
+def with_whole_packs(network: Restormer) -> Restormer:
+    """The same function with hidden widths rounded up to multiples of 8, by channels whose weights are zero.
+
+    Restormer's 127, 255, 510 and 1021 leave no row of pixels on a boundary that tensor cores and 16-byte loads want.
+    """
+    network = copy.deepcopy(network)
+    for feed_forward in [module for module in network.modules() if isinstance(module, GatedFeedForward)]:
+        hidden = feed_forward.project_out.in_channels
+        missing = -hidden % 8
+
+        def padded(halves: Tensor, missing: int = missing) -> nn.Parameter:
+            """(2·hidden, …): zeros behind the gate's half and behind the value's."""
+            return nn.Parameter(
+                torch.cat([F.pad(half, [0, 0] * (half.ndim - 1) + [0, missing]) for half in halves.chunk(2)])
+            )
+
+        for convolution in (feed_forward.project_in, feed_forward.dwconv):
+            convolution.out_channels = 2 * (hidden + missing)
+            convolution.weight = padded(convolution.weight)
+            if convolution.bias is not None:
+                convolution.bias = padded(convolution.bias)
+        feed_forward.dwconv.in_channels = feed_forward.dwconv.groups = 2 * (hidden + missing)
+        feed_forward.project_out.in_channels = hidden + missing
+        feed_forward.project_out.weight = nn.Parameter(F.pad(feed_forward.project_out.weight, [0, 0, 0, 0, 0, missing]))
+    return network
+
+
 def exportable_part(network: Restormer) -> ExportablePart:
     architecture = network.architecture
     blocks = architecture.total_blocks
@@ -160,17 +189,22 @@ def exportable_part(network: Restormer) -> ExportablePart:
         inputs=(TensorSpec("image", "float32", ("batch", architecture.in_channels, "height", "width")),),
         outputs=(TensorSpec("restored", "float32", ("batch", architecture.out_channels, "height", "width")),),
         dims=(
-            Dim("batch", 1, 1, 8),
-            Dim("height", 64, 256, 720, multiple_of=8),
-            Dim("width", 64, 256, 1280, multiple_of=8),
+            Dim("batch", 1, (1,), 8),
+            Dim("height", 64, (256,), 720, multiple_of=8),
+            Dim("width", 64, (256,), 1280, multiple_of=8),
         ),
         plugins={
             "channel_layer_norm": 2 * blocks,
             "transposed_attention": blocks,
+            "depthwise_conv": blocks,
             "gated_depthwise_conv": blocks,
             "pixel_unshuffle": 3,
             "pixel_shuffle": 3,
         },
+        time_at=tuple(
+            dict(batch=batch, height=height, width=width)
+            for batch, height, width in ((1, 256, 256), (8, 256, 256), (1, 720, 1280))
+        ),
     )
 
     def example(dims: Mapping[str, int], random: np.random.Generator) -> dict[str, np.ndarray]:

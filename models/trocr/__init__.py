@@ -27,6 +27,7 @@ SPEC = ModelSpec(
     load=load,
     read=images.read,
     run=pipeline.run,
+    workloads=pipeline.workloads,
     batch_size=16,
     writer=pipeline.writer,
     samples=samples.samples,

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,15 @@ from models.spec import Dim, ExportablePart, LoadedModel, Part, TensorSpec, Unus
 from models.trocr import tokenizer as tokenizers
 from models.trocr.decoding import Decoded, Generation
 from models.trocr.images import preprocess
-from models.trocr.pipeline import CACHE_STEP, MAX_ROWS, TextResult, results_of
+from models.trocr.pipeline import (
+    CACHE_STEP,
+    MAX_ROWS,
+    TIMED_BATCHES,
+    TIMED_TOKENS,
+    TextResult,
+    results_of,
+    timed_images,
+)
 from models.trocr.tokenizer import brief
 
 MAX_POSITIONS = 512  # the longest cache that engines are built for
@@ -157,8 +166,8 @@ def parts_of(model: VisionEncoderDecoderModel) -> list[ExportablePart]:
     tokens = model.encoder.embeddings.position_embeddings.shape[1]
     hidden = decoder_of(model).layers[0].encoder_attn.kdim
 
-    batch = Dim("batch", 1, 1, MAX_ROWS)
-    length = Dim("length", min(CACHE_STEP, max_positions), min(64, max_positions), max_positions)
+    batch = Dim("batch", 1, (1, MAX_ROWS), MAX_ROWS)
+    length = Dim("length", min(CACHE_STEP, max_positions), (min(64, max_positions),), max_positions)
 
     def keys_and_values(name: str, length: int | str) -> tuple[TensorSpec, ...]:
         return tuple(
@@ -181,14 +190,19 @@ def parts_of(model: VisionEncoderDecoderModel) -> list[ExportablePart]:
         (encoded,),
         (batch,),
         {"residual_layer_norm": 2 * encoder_layers, "encoder_attention": encoder_layers},
+        tuple({"batch": rows} for rows in TIMED_BATCHES),
     )
-    prefill = Part("prefill", (encoded,), cross, (batch,))
+    prefill = Part("prefill", (encoded,), cross, (batch,), time_at=encoder.time_at)
     step = Part(
         "step",
         (token, position, *keys_and_values("self", "length"), *cross),
         (logits, *keys_and_values("present", "length")),
         (batch, length),
         {"residual_layer_norm": 3 * layers, "cached_self_attention": layers, "cross_attention": layers},
+        tuple(
+            {"batch": rows, "length": slots, "position": slots - 1, "input_ids": 5}
+            for rows, slots in (*((rows, min(24, max_positions)) for rows in TIMED_BATCHES), (1, max_positions))
+        ),
     )
 
     def example_of(part: Part) -> Callable[[Mapping[str, int], np.random.Generator], dict[str, np.ndarray]]:
@@ -374,19 +388,29 @@ def loaded(
     model.generation_config = asked  # generate fills what is unset from here, not only from its argument
 
     @torch.inference_mode()
+    def generate(pixel_values: np.ndarray, how: GenerationConfig) -> Any:
+        weight = next(model.parameters())
+        return model.generate(torch.from_numpy(pixel_values).to(weight.device, weight.dtype), generation_config=how)
+
     def original(items: Sequence[Image.Image]) -> list[TextResult]:
-        pixel_values = torch.from_numpy(preprocess(items, image_settings))
-        output = model.generate(pixel_values, generation_config=asked)
+        output = generate(preprocess(items, image_settings), asked)
         scores = [None] * len(items) if generation.num_beams == 1 else output.sequences_scores.tolist()
         rows = [trimmed(row, generation) for row in output.sequences[:, 1:].tolist()]
         return results_of([Decoded(row, score) for row, score in zip(rows, scores)], reader, clean_up)
+
+    def workloads() -> dict[str, Callable[[], Any]]:
+        how = copy.deepcopy(asked)
+        how.max_length, how.num_beams, how.output_scores = 1 + TIMED_TOKENS, 1, False
+        how.eos_token_id = how.forced_eos_token_id = None
+        model.set_attn_implementation("sdpa")  # generate's default; what is exported is plainer
+        return {name: partial(generate, images, how) for name, images in timed_images(image_settings).items()}
 
     def save_assets(folder: Path) -> None:
         reader.save(str(folder / tokenizers.FILE_NAME))
 
     parameters = f"{sum(tensor.numel() for tensor in model.parameters()):,}".replace(",", " ")
     line = f"{weights}, {parameters} parameters"
-    return LoadedModel(line, parts_of(model), json.loads(json.dumps(settings)), original, save_assets)
+    return LoadedModel(line, parts_of(model), json.loads(json.dumps(settings)), original, workloads, save_assets)
 
 
 def trimmed(ids: list[int], generation: Generation) -> list[int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Iterator, List, Mapping, Optional, Sequence
+from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
+import numpy as np
 from PIL import Image
 
 from models.chain import replacing
@@ -17,6 +19,8 @@ from models.trocr.decoding import Decoded, Generation, decode
 from models.trocr.images import preprocess
 
 CACHE_STEP = 8  # cache capacities are multiples of this: few distinct shapes, aligned rows
+TIMED_TOKENS = 20
+TIMED_BATCHES = (1, 8, 32)
 MAX_ROWS = 32  # largest batch that engines are built for; a beam search takes num_beams rows for each image
 
 
@@ -45,15 +49,43 @@ def run(
     """Recognises the text in each image; `folder` holds the tokenizer."""
     reader = tokenizer.saved(folder)
     generation = Generation.from_json(settings["generation"])
-    capacity = cache_capacity(generation.max_length, settings["max_positions"])
     at_once = max(1, MAX_ROWS // generation.num_beams)
     decoded: List[Decoded] = []
     for start in range(0, len(items), at_once):
-        batch = items[start : start + at_once]
-        pixel_values = preprocess(batch, settings["images"])
-        hidden = executor.run("encoder", {"pixel_values": pixel_values})["encoder_hidden"]
-        decoded += decode(executor, hidden, len(batch), generation, settings["layers"], capacity)
+        pixel_values = preprocess(items[start : start + at_once], settings["images"])
+        decoded += recognise(executor, settings, generation, pixel_values)
     return results_of(decoded, reader, settings["clean_up"])
+
+
+def recognise(
+    executor: Executor, settings: Mapping[str, Any], generation: Generation, pixel_values: np.ndarray
+) -> List[Decoded]:
+    """Token ids of pre-processed images (B, 3, H, W), at most MAX_ROWS rows with their beams."""
+    capacity = cache_capacity(generation.max_length, settings["max_positions"])
+    hidden = executor.run("encoder", {"pixel_values": pixel_values})["encoder_hidden"]
+    return decode(executor, hidden, len(pixel_values), generation, settings["layers"], capacity)
+
+
+def workloads(settings: Mapping[str, Any]) -> Dict[str, Callable[[Executor], List[Decoded]]]:
+    """Greedy decoding of a fixed number of tokens, from pre-processed images to token ids."""
+    generation = replace(
+        Generation.from_json(settings["generation"]), max_length=1 + TIMED_TOKENS, num_beams=1, eos=(), forced_eos=()
+    )
+    return {
+        name: partial(recognise, settings=settings, generation=generation, pixel_values=pixel_values)
+        for name, pixel_values in timed_images(settings["images"]).items()
+    }
+
+
+def timed_images(settings: Mapping[str, Any]) -> Dict[str, np.ndarray]:
+    """Random pre-processed images by the name of the workload that reads them."""
+    random = np.random.default_rng(0)
+    return {
+        f"batch {batch}, {TIMED_TOKENS} tokens": random.uniform(
+            -1, 1, (batch, 3, settings["height"], settings["width"])
+        ).astype(np.float32)
+        for batch in TIMED_BATCHES
+    }
 
 
 class TextWriter:

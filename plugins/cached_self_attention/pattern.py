@@ -17,6 +17,7 @@ from plugins.cross_attention.pattern import on_last, swaps_last_two
 from plugins.matching import Constant, Either, Match, Op, Reshaped, Value, find, scalar
 
 OP = "CachedSelfAttention"
+IN_PLACE = {1: 3, 2: 4}  # the present caches may be the caches
 
 query, key, value = Value(rank=3), Value(rank=3), Value(rank=3)
 key_cache, value_cache = Value(rank=4), Value(rank=4)

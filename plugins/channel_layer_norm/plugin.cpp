@@ -13,14 +13,16 @@ class ChannelLayerNormPlugin final : public ClonableOp<ChannelLayerNormPlugin> {
     }
     int32_t inputs() const override { return 3; }
     std::vector<Shape> outputs() const override { return {like(0)}; }
+    bool is_image(int32_t tensor) const override { return tensor == 0 || tensor == 3; }
     const char* refuse(const Sizes& sizes) const override {
         if (sizes.rank(0) != 4) return "x must be (B, C, H, W)";
         if (differ(sizes(0, 1), sizes(1, 0)) || differ(sizes(0, 1), sizes(2, 0))) return "weight and bias must be (C)";
         return nullptr;
     }
     cudaError_t enqueue(const Sizes& sizes, const Call& call) const override {
-        return launch_channel_layer_norm(call.type, call.in[0], call.in[1], call.in[2], call.out[0], sizes(0, 0),
-                                         sizes(0, 1), sizes.product_from(0, 2), epsilon_, subtract_mean_, call.stream);
+        return launch_channel_layer_norm(call.type, call.in[0], call.in[1], call.in[2], call.out[0],
+                                         sizes(0, 0) * sizes.product_from(0, 2), sizes(0, 1), epsilon_, subtract_mean_,
+                                         call.stream);
     }
 
   private:

@@ -60,30 +60,51 @@ def test_pattern_refuses_a_norm_over_pixels():
     assert PLUGIN.pattern.matches(graph) == []
 
 
+def launch(x, weight, bias, epsilon, subtract_mean):
+    """The kernel's y (B, C, H, W) of x (B, C, H, W)."""
+    batch, channels, height, width = x.shape
+    image = kernels.channel_last(x)
+    y = kernels.poisoned(image.numel() + 64, dtype=x.dtype)
+    pixels = batch * height * width
+    kernels.launch("channel_layer_norm", x.dtype, image, weight, bias, y, pixels, channels, epsilon, subtract_mean)
+    assert y[image.numel() :].isnan().all()  # nothing behind the end
+    return kernels.channel_first(y[: image.numel()].view(image.shape), channels)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("subtract_mean", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(1, 48, 1, 1), (2, 6, 5, 7), (1, 384, 3, 2), (3, 1, 4, 4), (2, 96, 64, 72), (1, 48, 720, 1280)]
+    "shape",
+    [(1, 1, 1, 1), (3, 1, 4, 4), (2, 3, 5, 7), (2, 6, 5, 7), (1, 7, 3, 43), (1, 16, 9, 5), (2, 25, 7, 3), (1, 47, 5, 5)]
+    + [(1, 48, 1, 1), (1, 64, 3, 11), (1, 96, 1, 1), (2, 96, 64, 72), (2, 127, 3, 5), (1, 192, 5, 7), (1, 200, 3, 3)]
+    + [(1, 384, 3, 2), (3, 385, 1, 3), (1, 769, 2, 2), (1, 1024, 3, 1), (2, 2047, 2, 3), (1, 2048, 3, 1)]
+    + [(1, 48, 256, 256), (1, 96, 128, 128), (1, 192, 64, 64), (1, 384, 32, 32), (1, 48, 720, 1280), (2, 0, 3, 3)],
 )
 def test_kernel_is_the_reference(shape, subtract_mean, dtype):
     torch.manual_seed(0)
-    x = (3 * torch.randn(shape, device="cuda") + 100).to(dtype)  # a mean that dwarfs the deviation
-    weight, bias = (torch.randn(shape[1], device="cuda").to(dtype) for _ in range(2))
-    y = kernels.poisoned(*shape, dtype=dtype)
-    batch, channels, height, width = shape
-    kernels.launch(
-        "channel_layer_norm", dtype, x, weight, bias, y, batch, channels, height * width, 1e-5, subtract_mean
-    )
-    kernels.assert_close(y, channel_layer_norm(x.double(), weight, bias, 1e-5, subtract_mean).to(dtype))
+    x = (3 * torch.randn(shape, device="cuda") + 30).to(dtype)  # a mean that dwarfs the deviation
+    weight, bias = (torch.randn(shape[1], device="cuda").clamp(-1, 1).to(dtype) for _ in range(2))
+    y = launch(x, weight, bias, 1e-5, subtract_mean)
+    kernels.assert_close(y, channel_layer_norm(x, weight, bias, 1e-5, subtract_mean))
+    assert torch.equal(y, launch(x, weight, bias, 1e-5, subtract_mean))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_on_constant_and_on_large_values(dtype):
-    ones = torch.ones(48, dtype=dtype, device="cuda")
-    for x in (torch.full((1, 48, 8, 8), 7.0), torch.zeros(1, 48, 8, 8), 30000 * torch.randn(1, 48, 8, 8).clamp(-2, 2)):
+@pytest.mark.parametrize("subtract_mean", [True, False])
+@pytest.mark.parametrize("channels", [3, 48, 50])
+def test_kernel_on_constant_and_on_large_values(channels, subtract_mean, dtype):
+    shape = (1, channels, 8, 9)
+    ones = torch.ones(channels, dtype=dtype, device="cuda")
+    for x in (torch.full(shape, 7.0), torch.zeros(shape), 30000 * torch.randn(shape).clamp(-2, 2)):
         x = x.to("cuda", dtype)
-        y = kernels.poisoned(*x.shape, dtype=dtype)
-        kernels.launch("channel_layer_norm", dtype, x, ones, 0 * ones, y, 1, 48, 64, 1e-5, True)
-        kernels.assert_close(y, channel_layer_norm(x, ones, 0 * ones, 1e-5, True))
+        y = launch(x, ones, 0 * ones, 1e-5, subtract_mean)
+        kernels.assert_close(y, channel_layer_norm(x, ones, 0 * ones, 1e-5, subtract_mean))
+
+
+@pytest.mark.gpu
+def test_kernel_refuses_pixels_that_do_not_fit_registers():
+    x = torch.zeros(1, 2049, 1, 1, device="cuda")
+    with pytest.raises(RuntimeError):
+        launch(x, x.flatten(), x.flatten(), 1e-5, True)

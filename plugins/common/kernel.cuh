@@ -38,7 +38,12 @@ __device__ Pack<T, N> load_pack(const T* pointer) {
 
 template <int N, typename T>
 __device__ void store_pack(T* pointer, const Pack<T, N>& pack) {
-    *reinterpret_cast<Pack<T, N>*>(pointer) = pack;
+    // The compiler may cut a store of eight halves into smaller ones.
+    if constexpr (sizeof(pack) == 16) {
+        *reinterpret_cast<uint4*>(pointer) = *reinterpret_cast<const uint4*>(&pack);
+    } else {
+        *reinterpret_cast<Pack<T, N>*>(pointer) = pack;
+    }
 }
 
 // Sum over the 32 lanes of a warp; every lane gets it.

@@ -12,4 +12,10 @@ namespace trt_graft {
 // Element types of tensors.  Sums are FP32 for both.
 enum class DataType : int32_t { kFloat = 0, kHalf = 1 };
 
+// Images are channel-last, (batch, height, width, pitch).  In FP16 that is TensorRT's kHWC8, whose pixels are padded to
+// packs of 16 bytes; kernels never read the padding, and fill it with zeros.
+constexpr int64_t pitch(DataType type, int64_t channels) {
+    return type == DataType::kHalf ? (channels + 7) / 8 * 8 : channels;
+}
+
 }  // namespace trt_graft

@@ -41,11 +41,12 @@ inline Attribute attribute(const char* name, float& value) {
     return {name, nvinfer1::PluginFieldType::kFLOAT32, &value};
 }
 
-// Shapes of the inputs of one call.
+// Shapes of the inputs, or outputs, of one call.
 class Sizes {
   public:
     explicit Sizes(std::vector<nvinfer1::Dims> dims) : dims_(std::move(dims)) {}
     int64_t operator()(int32_t input, int32_t axis) const { return dims_[input].d[axis]; }
+    int32_t count() const { return static_cast<int32_t>(dims_.size()); }
     int32_t rank(int32_t input) const { return dims_[input].nbDims; }
     // The product of the sizes from `first` on.
     int64_t product_from(int32_t input, int32_t first) const { return product(input, first, rank(input)); }
@@ -60,7 +61,7 @@ class Sizes {
     std::vector<nvinfer1::Dims> dims_;
 };
 
-// One call.  All floating-point inputs and outputs are linear and of one type.
+// One call.  All floating-point inputs and outputs are of one type.
 struct Call {
     DataType type;
     const void* const* in;
@@ -78,6 +79,9 @@ class Op {
     virtual int32_t inputs() const = 0;
     virtual std::vector<Shape> outputs() const = 0;
     virtual bool is_int32(int32_t /*input*/) const { return false; }
+    // Whether a tensor (inputs, then outputs) is an image: (B, C, H, W) to TensorRT, channel-last to the kernel, see
+    // launch.h.  All others are linear.
+    virtual bool is_image(int32_t /*tensor*/) const { return false; }
     // Why these shapes cannot be, or nullptr.  A size of -1 is not known yet.
     virtual const char* refuse(const Sizes&) const { return nullptr; }
     virtual int64_t workspace_bytes(const Sizes&) const { return 0; }

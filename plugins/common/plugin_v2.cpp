@@ -66,22 +66,21 @@ class PluginV2 final : public nvinfer1::IPluginV2DynamicExt {
     }
     bool supportsFormatCombination(int32_t position, const nvinfer1::PluginTensorDesc* tensors, int32_t,
                                    int32_t) noexcept override {
-        return tensors[position].format == nvinfer1::TensorFormat::kLINEAR &&
-               takes_type(*op_, position, tensors[position].type, tensors[0].type);
+        return takes(*op_, position, tensors[position].type, tensors[position].format, tensors[0].type);
     }
     // Cannot fail here: what is refused is logged now, and enqueue fails.
     void configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
                          const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override {
         accepts(*op_, sizes_of(inputs, count));
     }
-    size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc* inputs, int32_t count, const nvinfer1::PluginTensorDesc*,
-                            int32_t) const noexcept override {
-        return op_->workspace_bytes(sizes_of(inputs, count));
+    size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc* inputs, int32_t count,
+                            const nvinfer1::PluginTensorDesc* outputs, int32_t made) const noexcept override {
+        return workspace_bytes(*op_, sizes_of(inputs, count), sizes_of(outputs, made), inputs[0].type);
     }
-    int32_t enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc*, const void* const* in,
-                    void* const* out, void* workspace, cudaStream_t stream) noexcept override {
-        const Sizes sizes = sizes_of(inputs, op_->inputs());
-        return accepts(*op_, sizes) ? run(*op_, sizes, inputs[0].type, in, out, workspace, stream) : 1;
+    int32_t enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc* outputs,
+                    const void* const* in, void* const* out, void* workspace, cudaStream_t stream) noexcept override {
+        const Sizes sizes = sizes_of(inputs, op_->inputs()), made = sizes_of(outputs, getNbOutputs());
+        return accepts(*op_, sizes) ? run(*op_, sizes, made, inputs[0].type, in, out, workspace, stream) : 1;
     }
 
   private:
@@ -135,7 +134,7 @@ std::vector<nvinfer1::IPluginCreator*>& creators() {
 
 }  // namespace
 
-// Runs while the library is being loaded, which is all that `ctypes.CDLL` and `trtexec --plugins` do.
+// Runs while the library is being loaded, which is all that `ctypes.CDLL` and `trtexec --staticPlugins` do.
 void offer(std::unique_ptr<Op> op) {
     auto* creator = new CreatorV2(std::move(op));  // lives as long as the process, like TensorRT's registry
     getPluginRegistry()->registerCreator(*creator, kNamespace);
@@ -144,11 +143,11 @@ void offer(std::unique_ptr<Op> op) {
 
 }  // namespace trt_graft
 
-// IPluginRegistry::loadLibrary and `trtexec --dynamicPlugins` ask for the creators and register them themselves, a
-// second time: the first registration makes way.
+// IPluginRegistry::loadLibrary and `trtexec --dynamicPlugins` ask for the creators, register them with a builder's or
+// runtime's own registry and close the library when that one goes.  The process's registry keeps those of `offer`: the
+// library is linked never to be unloaded (nodelete in CMakeLists.txt).
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
     auto& creators = trt_graft::creators();
-    for (const auto* creator : creators) getPluginRegistry()->deregisterCreator(*creator);
     count = static_cast<int32_t>(creators.size());
     return creators.data();
 }

@@ -58,8 +58,8 @@ class PluginV3 final : public nvinfer1::IPluginV3,
     }
     bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t,
                                    int32_t) noexcept override {
-        return tensors[position].desc.format == nvinfer1::TensorFormat::kLINEAR &&
-               takes_type(*op_, position, tensors[position].desc.type, tensors[0].desc.type);
+        const auto& tensor = tensors[position].desc;
+        return takes(*op_, position, tensor.type, tensor.format, tensors[0].desc.type);
     }
     int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
                             const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override {
@@ -68,10 +68,13 @@ class PluginV3 final : public nvinfer1::IPluginV3,
         return accepts(*op_, Sizes(std::move(dims))) ? 0 : 1;
     }
     size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
-                            const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept override {
-        std::vector<nvinfer1::Dims> largest;
-        for (int32_t i = 0; i < count; ++i) largest.push_back(inputs[i].max);
-        return op_->workspace_bytes(Sizes(std::move(largest)));
+                            const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t made) const noexcept override {
+        const auto largest = [](const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t tensor_count) {
+            std::vector<nvinfer1::Dims> dims;
+            for (int32_t i = 0; i < tensor_count; ++i) dims.push_back(tensors[i].max);
+            return Sizes(std::move(dims));
+        };
+        return workspace_bytes(*op_, largest(inputs, count), largest(outputs, made), inputs[0].desc.type);
     }
 
     // IPluginV3OneRuntime
@@ -79,9 +82,10 @@ class PluginV3 final : public nvinfer1::IPluginV3,
                           int32_t) noexcept override {
         return accepts(*op_, sizes_of(inputs, count)) ? 0 : 1;
     }
-    int32_t enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc*, const void* const* in,
-                    void* const* out, void* workspace, cudaStream_t stream) noexcept override {
-        return run(*op_, sizes_of(inputs, op_->inputs()), inputs[0].type, in, out, workspace, stream);
+    int32_t enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc* outputs,
+                    const void* const* in, void* const* out, void* workspace, cudaStream_t stream) noexcept override {
+        const Sizes sizes = sizes_of(inputs, op_->inputs()), made = sizes_of(outputs, getNbOutputs());
+        return run(*op_, sizes, made, inputs[0].type, in, out, workspace, stream);
     }
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override {
@@ -140,12 +144,12 @@ void offer(std::unique_ptr<Op> op) {
 
 }  // namespace trt_graft
 
-// IPluginRegistry::loadLibrary and `trtexec --dynamicPlugins` ask for the creators and register them themselves, a
-// second time: the first registration makes way.
+// IPluginRegistry::loadLibrary and `trtexec --dynamicPlugins` ask for the creators, register them with a builder's or
+// runtime's own registry and close the library when that one goes.  The process's registry keeps those of `offer`: the
+// library is linked never to be unloaded (nodelete in CMakeLists.txt).
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
     auto& creators = trt_graft::creators();
-    for (const auto* creator : creators) getPluginRegistry()->deregisterCreator(*creator);
     count = static_cast<int32_t>(creators.size());
     return creators.data();
 }

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "common/transpose.cuh"
+
 namespace trt_graft {
 bool read_attributes(Op& op, const nvinfer1::PluginFieldCollection& fields) {
     for (const Attribute& attribute : op.attributes()) {
@@ -9,7 +11,7 @@ bool read_attributes(Op& op, const nvinfer1::PluginFieldCollection& fields) {
         for (int32_t i = 0; i < fields.nbFields; ++i) {
             if (std::strcmp(fields.fields[i].name, attribute.name) == 0) found = &fields.fields[i];
         }
-        if (found == nullptr || found->data == nullptr || found->type != attribute.type || found->length < 1) {
+        if (found == nullptr || found->data == nullptr || found->type != attribute.type || found->length != 1) {
             complain(op, std::string("attribute ") + attribute.name + " is missing or of another type");
             return false;
         }
@@ -18,10 +20,14 @@ bool read_attributes(Op& op, const nvinfer1::PluginFieldCollection& fields) {
     return true;
 }
 
-bool takes_type(const Op& op, int32_t position, nvinfer1::DataType type, nvinfer1::DataType first) {
-    if (position < op.inputs() && op.is_int32(position)) return type == nvinfer1::DataType::kINT32;
-    const bool is_float = type == nvinfer1::DataType::kFLOAT || type == nvinfer1::DataType::kHALF;
-    return is_float && (position == 0 || type == first);
+bool takes(const Op& op, int32_t position, nvinfer1::DataType type, nvinfer1::TensorFormat format,
+           nvinfer1::DataType first) {
+    using Type = nvinfer1::DataType;
+    using Format = nvinfer1::TensorFormat;
+    if (position < op.inputs() && op.is_int32(position)) return type == Type::kINT32 && format == Format::kLINEAR;
+    if (type != Type::kFLOAT && type != Type::kHALF) return false;
+    if (position > 0 && type != first) return false;
+    return format == (type == Type::kHALF && op.is_image(position) ? Format::kHWC8 : Format::kLINEAR);
 }
 
 nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* inputs,
@@ -47,10 +53,67 @@ bool accepts(const Op& op, const Sizes& sizes) {
     return reason == nullptr;
 }
 
-int32_t run(const Op& op, const Sizes& sizes, nvinfer1::DataType type, const void* const* inputs, void* const* outputs,
-            void* workspace, cudaStream_t stream) {
-    const DataType element = type == nvinfer1::DataType::kHALF ? DataType::kHalf : DataType::kFloat;
-    const cudaError_t error = op.enqueue(sizes, Call{element, inputs, outputs, workspace, stream});
+namespace {
+
+constexpr int64_t kAlignment = 256;  // of what lies in the workspace, in bytes
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Calls visit(tensor, shapes, index) for each image; `tensor` counts inputs, then outputs, as Op::is_image does.
+template <typename Visit>
+void for_each_image(const Op& op, const Sizes& inputs, const Sizes& outputs, Visit visit) {
+    for (int32_t i = 0; i < op.inputs(); ++i) {
+        if (op.is_image(i)) visit(i, inputs, i);
+    }
+    for (int32_t i = 0; i < outputs.count(); ++i) {
+        if (op.is_image(op.inputs() + i)) visit(op.inputs() + i, outputs, i);
+    }
+}
+
+cudaError_t enqueue_transposed(const Op& op, const Sizes& inputs, const Sizes& outputs, const void* const* in,
+                               void* const* out, void* workspace, cudaStream_t stream) {
+    std::vector<const void*> sources(in, in + op.inputs());
+    std::vector<void*> targets(out, out + outputs.count());
+    char* free = static_cast<char*>(workspace) + aligned(op.workspace_bytes(inputs));
+    cudaError_t error = cudaSuccess;
+    for_each_image(op, inputs, outputs, [&](int32_t tensor, const Sizes& sizes, int32_t index) {
+        auto* image = reinterpret_cast<float*>(free);
+        free += aligned(sizes.product_from(index, 0) * sizeof(float));
+        if (tensor >= op.inputs()) {
+            targets[index] = image;
+            return;
+        }
+        const cudaError_t launched = launch_transpose(static_cast<const float*>(in[index]), image, sizes(index, 0),
+                                                      sizes(index, 1), sizes.product_from(index, 2), stream);
+        if (error == cudaSuccess) error = launched;
+        sources[index] = image;
+    });
+    if (error != cudaSuccess) return error;
+    error = op.enqueue(inputs, Call{DataType::kFloat, sources.data(), targets.data(), workspace, stream});
+    for_each_image(op, inputs, outputs, [&](int32_t tensor, const Sizes& sizes, int32_t index) {
+        if (tensor < op.inputs() || error != cudaSuccess) return;
+        error = launch_transpose(static_cast<const float*>(targets[index]), static_cast<float*>(out[index]),
+                                 sizes(index, 0), sizes.product_from(index, 2), sizes(index, 1), stream);
+    });
+    return error;
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const Op& op, const Sizes& inputs, const Sizes& outputs, nvinfer1::DataType type) {
+    int64_t bytes = op.workspace_bytes(inputs);
+    if (type == nvinfer1::DataType::kHALF) return bytes;
+    for_each_image(op, inputs, outputs, [&](int32_t, const Sizes& sizes, int32_t index) {
+        bytes = aligned(bytes) + sizes.product_from(index, 0) * sizeof(float);
+    });
+    return bytes;
+}
+
+int32_t run(const Op& op, const Sizes& inputs, const Sizes& outputs, nvinfer1::DataType type, const void* const* in,
+            void* const* out, void* workspace, cudaStream_t stream) {
+    const cudaError_t error = type == nvinfer1::DataType::kHALF
+                                  ? op.enqueue(inputs, Call{DataType::kHalf, in, out, workspace, stream})
+                                  : enqueue_transposed(op, inputs, outputs, in, out, workspace, stream);
     if (error == cudaSuccess) return 0;
     complain(op, std::string("launch failed: ") + cudaGetErrorString(error));
     return 1;

@@ -11,6 +11,7 @@ class GatedDepthwiseConvPlugin final : public ClonableOp<GatedDepthwiseConvPlugi
     std::vector<Attribute> attributes() override { return {attribute("channels", channels_)}; }
     int32_t inputs() const override { return 3; }
     std::vector<Shape> outputs() const override { return {of({{0, 0}, {0, 1, 1, 2}, {0, 2}, {0, 3}})}; }
+    bool is_image(int32_t tensor) const override { return tensor == 0 || tensor == 3; }
     const char* refuse(const Sizes& sizes) const override {
         if (sizes.rank(0) != 4) return "x must be (B, 2·C, H, W)";
         if (channels_ % 2 != 0 || differ(sizes(0, 1), channels_))
@@ -21,7 +22,7 @@ class GatedDepthwiseConvPlugin final : public ClonableOp<GatedDepthwiseConvPlugi
     }
     cudaError_t enqueue(const Sizes& sizes, const Call& call) const override {
         return launch_gated_depthwise_conv(call.type, call.in[0], call.in[1], call.in[2], call.out[0], sizes(0, 0),
-                                           channels_ / 2, sizes(0, 2), sizes(0, 3), call.stream);
+                                           sizes(0, 2), sizes(0, 3), channels_ / 2, call.stream);
     }
 
   private:

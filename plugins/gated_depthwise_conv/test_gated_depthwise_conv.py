@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -54,11 +56,14 @@ def test_pattern_refuses_what_it_does_not_compute(activation, dilation):
 def launched(x, weight, bias):
     """The kernel's result; it writes nothing behind y."""
     batch, channels, height, width = x.shape
-    elements = x.numel() // 2
+    channels //= 2
+    shape = (batch, height, width, kernels.pitch(channels, x.dtype))
+    elements = math.prod(shape)
     y = kernels.poisoned(elements + 64, dtype=x.dtype)
-    kernels.launch("gated_depthwise_conv", x.dtype, x, weight, bias, y, batch, channels // 2, height, width)
+    image = kernels.channel_last(x)
+    kernels.launch("gated_depthwise_conv", x.dtype, image, weight, bias, y, batch, height, width, channels)
     assert y[elements:].isnan().all()
-    return y[:elements].view(batch, channels // 2, height, width)
+    return kernels.channel_first(y[:elements].view(shape), channels)
 
 
 def expected_in_fp64(x, weight, bias):
@@ -81,17 +86,21 @@ def random_on_gpu(shape, dtype):
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 254, 5, 7),
         (2, 2, 1, 1),
-        (1, 2, 1, 4),
-        (1, 42, 1, 13),
-        (3, 6, 8, 3),
-        (2, 6, 25, 8),  # two strips and a row
-        (1, 2, 12, 130),
-        (1, 254, 256, 256),
-        (1, 508, 64, 64),
-        (1, 2042, 32, 32),
+        (1, 6, 1, 13),
+        (1, 288, 13, 1),
+        (3, 12, 8, 3),
+        (2, 32, 4, 4),
+        (1, 254, 5, 7),
+        (1, 42, 7, 9),
+        (2, 256, 25, 8),
+        (1, 4, 12, 130),
         (2, 10, 253, 251),
+        (1, 254, 256, 256),
+        (1, 256, 256, 256),
+        (1, 512, 128, 128),
+        (1, 1020, 64, 64),
+        (1, 2048, 32, 32),
         (1, 12, 720, 1280),
     ],
 )

@@ -1,7 +1,7 @@
 // Spreads channels over blocks of pixels.
 //
-// Floor: x is read once and y written once.  A thread takes a pixel of each of the `factor` channels that share a row
-// of y, where they become neighbours; the threads beside it continue the rows of x and of y alike.
+// Floor: x is read once and y written once.  A thread takes one pack of a pixel of x; the threads beside it take the
+// packs beside it, and write the channels beside it to the same pixels of y.
 #include "common/kernel.cuh"
 #include "pixel_shuffle/kernel.cuh"
 
@@ -10,57 +10,66 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Factor 2: N neighbours of each of two channels become 2·N of y.  rows is the height of y, width that of x.
-template <typename T, int N>
-__global__ void shuffle_pairs_kernel(const T* x, T* y, int64_t planes, int64_t rows, int64_t width) {
-    // (plane of y, row of y, columns of x)
-    const int64_t index = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-    const int64_t column = index % (width / N) * N;
-    const int64_t row = index / (width / N) % rows;
-    const int64_t plane = index / (width / N) / rows;
-    if (plane >= planes) return;
-    const int64_t channel = plane * 4 + row % 2 * 2;
-    Pack<T, 2 * N> pairs;
-    for (int j = 0; j < 2; ++j) {
-        const auto pack = load_pack<N>(x + ((channel + j) * (rows / 2) + row / 2) * width + column);
-        for (int n = 0; n < N; ++n) pairs.values[2 * n + j] = pack.values[n];
+// Factor 2: a pack of 16 bytes holds one or two channels of four pixels of y, whose padding may take more packs than x
+// has: `packs` in all.  blockIdx.x is the row of x, columns its width.
+template <typename T>
+__global__ void shuffle_blocks_kernel(const T* x, T* y, int channels, int pitch_x, int pitch_y, int packs,
+                                      int columns) {
+    constexpr int N = 16 / sizeof(T);
+    const int index = blockIdx.y * kThreads + threadIdx.x;
+    const int column = index / packs;
+    const int pack = index % packs;
+    if (column >= columns) return;
+    const int64_t row = blockIdx.x;
+    const int channel = pack * (N / 4);
+    Pack<T, N> block = {};
+    if (channel < channels) block = load_pack<N>(x + (row * columns + column) * pitch_x + pack * N);
+    for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 2; ++j) {
+            Pack<T, N / 4> pixel;
+            for (int n = 0; n < N / 4; ++n) {
+                // the second channel may be padding
+                pixel.values[n] = channel + n < channels ? block.values[4 * n + 2 * i + j] : T(0);
+            }
+            store_pack(y + ((row * 2 + i) * columns * 2 + column * 2 + j) * pitch_y + channel, pixel);
+        }
     }
-    store_pack(y + ((plane * rows + row) * width + column) * 2, pairs);
 }
 
+// Any factor: a thread makes an element of y, or of its padding.  blockIdx.x is the row of y, columns its width.
 template <typename T>
-__global__ void shuffle_kernel(const T* x, T* y, int64_t planes, int64_t rows, int64_t width, int64_t factor) {
-    const int64_t index = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-    const int64_t column = index % width;
-    const int64_t row = index / width % rows;
-    const int64_t plane = index / width / rows;
-    if (plane >= planes) return;
-    const int64_t channel = (plane * factor + row % factor) * factor;
-    T* target = y + ((plane * rows + row) * width + column) * factor;
-    for (int64_t j = 0; j < factor; ++j) {
-        target[j] = x[((channel + j) * (rows / factor) + row / factor) * width + column];
-    }
+__global__ void shuffle_kernel(const T* x, T* y, int channels, int pitch_x, int pitch_y, int columns, int factor) {
+    const int index = blockIdx.y * kThreads + threadIdx.x;
+    const int column = index / pitch_y;
+    const int channel = index % pitch_y;
+    if (column >= columns) return;
+    const int row = blockIdx.x;
+    const int64_t pixel = int64_t{row / factor} * (columns / factor) + column / factor;
+    const int from = (channel * factor + row % factor) * factor + column % factor;
+    y[(int64_t{row} * columns + column) * pitch_y + channel] = channel < channels ? x[pixel * pitch_x + from] : T(0);
 }
 
 }  // namespace
 
-cudaError_t launch_pixel_shuffle(DataType type, const void* x, void* y, int64_t batch, int64_t channels, int64_t height,
-                                 int64_t width, int64_t factor, cudaStream_t stream) {
-    if (batch * channels * height * width == 0) return cudaSuccess;
+cudaError_t launch_pixel_shuffle(DataType type, const void* x, void* y, int64_t batch, int64_t height, int64_t width,
+                                 int64_t channels, int64_t factor, cudaStream_t stream) {
+    if (batch * height * width * channels == 0) return cudaSuccess;
     if (factor < 1) return cudaErrorInvalidValue;
     return dispatch(type, [&](auto tag) {
         using T = decltype(tag);
-        constexpr int kPack = 8 / sizeof(T);  // 8 bytes of each channel, 16 bytes of y
         const T* source = static_cast<const T*>(x);
         T* target = static_cast<T*>(y);
-        const int64_t planes = batch * channels, rows = height * factor;
-        const auto blocks = [&](int64_t packed) { return ceil_div(planes * rows * (width / packed), kThreads); };
-        if (factor != 2) {
-            shuffle_kernel<<<blocks(1), kThreads, 0, stream>>>(source, target, planes, rows, width, factor);
-        } else if (width % kPack == 0) {
-            shuffle_pairs_kernel<T, kPack><<<blocks(kPack), kThreads, 0, stream>>>(source, target, planes, rows, width);
+        const int64_t rows = batch * height;
+        const int64_t pitch_x = pitch(type, channels * factor * factor), pitch_y = pitch(type, channels);
+        const auto blocks = [](int64_t rows, int64_t items) { return dim3(rows, ceil_div(items, kThreads)); };
+        if (factor == 2) {
+            const int64_t packs = pitch_y * sizeof(T) / 4;
+            shuffle_blocks_kernel<<<blocks(rows, width * packs), kThreads, 0, stream>>>(source, target, channels,
+                                                                                        pitch_x, pitch_y, packs, width);
         } else {
-            shuffle_pairs_kernel<T, 1><<<blocks(1), kThreads, 0, stream>>>(source, target, planes, rows, width);
+            const int64_t columns = width * factor;
+            shuffle_kernel<<<blocks(rows * factor, columns * pitch_y), kThreads, 0, stream>>>(
+                source, target, channels, pitch_x, pitch_y, columns, factor);
         }
     });
 }

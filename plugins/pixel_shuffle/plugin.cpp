@@ -13,6 +13,7 @@ class PixelShufflePlugin final : public ClonableOp<PixelShufflePlugin> {
     std::vector<Shape> outputs() const override {
         return {of({{0, 0}, {0, 1, 1, int64_t{factor_} * factor_}, {0, 2, factor_}, {0, 3, factor_}})};
     }
+    bool is_image(int32_t) const override { return true; }
     const char* refuse(const Sizes& sizes) const override {
         if (sizes.rank(0) != 4) return "x must be (B, C·r², H, W)";
         if (sizes(0, 1) > 0 && sizes(0, 1) % (int64_t{factor_} * factor_) != 0) {
@@ -21,9 +22,8 @@ class PixelShufflePlugin final : public ClonableOp<PixelShufflePlugin> {
         return nullptr;
     }
     cudaError_t enqueue(const Sizes& sizes, const Call& call) const override {
-        return launch_pixel_shuffle(call.type, call.in[0], call.out[0], sizes(0, 0),
-                                    sizes(0, 1) / (int64_t{factor_} * factor_), sizes(0, 2), sizes(0, 3), factor_,
-                                    call.stream);
+        return launch_pixel_shuffle(call.type, call.in[0], call.out[0], sizes(0, 0), sizes(0, 2), sizes(0, 3),
+                                    sizes(0, 1) / (int64_t{factor_} * factor_), factor_, call.stream);
     }
 
   private:

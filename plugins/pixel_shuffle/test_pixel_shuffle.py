@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -33,31 +35,29 @@ def test_pattern_refuses_the_other_channel_order():
     assert PLUGIN.pattern.matches(graph) == []
 
 
+def launch(x, factor):
+    """The kernel's y (B, C, H·factor, W·factor) of x (B, C·factor², H, W)."""
+    batch, wide, height, width = x.shape
+    channels = wide // factor**2
+    shape = (batch, height * factor, width * factor, kernels.pitch(channels, x.dtype))
+    y = kernels.poisoned(math.prod(shape) + 64, dtype=x.dtype)
+    image = kernels.channel_last(x)
+    kernels.launch("pixel_shuffle", x.dtype, image, y, batch, height, width, channels, factor)
+    assert y[math.prod(shape) :].isnan().all()  # nothing behind the end
+    return kernels.channel_first(y[: math.prod(shape)].view(shape), channels)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "factor"),
-    [
-        ((1, 96, 1, 1), 2),
-        ((2, 4, 3, 5), 2),
-        ((2, 12, 2, 6), 2),
-        ((2, 12, 2, 12), 2),
-        ((3, 18, 2, 7), 3),
-        ((1, 32, 2, 3), 4),
-        ((2, 3, 5, 7), 1),
-        ((0, 4, 2, 2), 2),
-        ((1, 192, 128, 128), 2),
-        ((2, 768, 32, 32), 2),
-        ((1, 12, 720, 1280), 2),
-        ((1, 4, 359, 639), 2),
-    ],
+    [((batch, 4 * c, 1, 1), 2) for batch in (1, 3) for c in (1, 2, 3, 6, 7, 16, 24, 48, 96, 127, 192, 384)]
+    + [((2, 4, 3, 5), 2), ((2, 12, 2, 7), 2), ((1, 28, 5, 33), 2), ((2, 508, 3, 5), 2), ((1, 96, 2, 200), 2)]
+    + [((3, 18, 2, 7), 3), ((1, 32, 2, 3), 4), ((2, 3, 5, 7), 1), ((1, 432, 2, 3), 3), ((1, 1, 1, 1), 1)]
+    + [((0, 4, 2, 2), 2), ((1, 192, 128, 128), 2), ((1, 384, 64, 64), 2), ((2, 768, 32, 32), 2)]
+    + [((1, 96, 360, 640), 2), ((1, 192, 180, 320), 4), ((1, 12, 359, 639), 2)],
 )
 def test_kernel_is_the_reference(shape, factor, dtype):
     torch.manual_seed(0)
     x = torch.randn(shape, device="cuda").to(dtype)
-    expected = pixel_shuffle(x, factor)
-    y = kernels.poisoned(x.numel() + 64, dtype=dtype)
-    batch, channels, height, width = shape
-    kernels.launch("pixel_shuffle", dtype, x, y, batch, channels // factor**2, height, width, factor)
-    assert torch.equal(y[: x.numel()].view(expected.shape), expected)
-    assert y[x.numel() :].isnan().all()  # nothing behind the end
+    assert torch.equal(launch(x, factor), pixel_shuffle(x, factor))

@@ -1,7 +1,8 @@
 // Moves blocks of pixels into channels.
 //
-// Floor: x is read once and y written once.  A thread takes pixels that are neighbours in a row of x, and gives one to
-// each of the `factor` channels that they belong to; the threads beside it continue the rows of x and of y alike.
+// Floor: x is read once and y written once.  A thread makes one pack of a pixel of y and the threads beside it the
+// packs beside it, so that a warp writes whole sectors of memory.  Threads that took a pack of x each would write four
+// packs, every one of them half a sector.
 #include "common/kernel.cuh"
 #include "pixel_unshuffle/kernel.cuh"
 
@@ -10,58 +11,65 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Factor 2: 2·N neighbours of x become N of each of two channels.  columns is the width of y.
-template <typename T, int N>
-__global__ void unshuffle_pairs_kernel(const T* x, T* y, int64_t planes, int64_t height, int64_t columns) {
-    // (plane of x, row of x, columns of y)
-    const int64_t index = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-    const int64_t column = index % (columns / N) * N;
-    const int64_t row = index / (columns / N) % height;
-    const int64_t plane = index / (columns / N) / height;
-    if (plane >= planes) return;
-    const auto pairs = load_pack<2 * N>(x + ((plane * height + row) * columns + column) * 2);
-    const int64_t channel = plane * 4 + row % 2 * 2;
-    for (int j = 0; j < 2; ++j) {
-        Pack<T, N> pack;
-        for (int n = 0; n < N; ++n) pack.values[n] = pairs.values[2 * n + j];
-        store_pack(y + ((channel + j) * (height / 2) + row / 2) * columns + column, pack);
+// Factor 2: a pack of 16 bytes holds one or two channels of four pixels of x.  A pixel of y is `packs` of them, however
+// odd the channels of x.  blockIdx.x is the row of y, columns its width.
+template <typename T>
+__global__ void unshuffle_blocks_kernel(const T* x, T* y, int channels, int pitch, int packs, int columns) {
+    constexpr int N = 16 / sizeof(T);
+    const int index = blockIdx.y * kThreads + threadIdx.x;
+    const int column = index / packs;
+    const int pack = index % packs;
+    if (column >= columns) return;
+    const int64_t row = blockIdx.x;
+    const int channel = pack * (N / 4);
+    Pack<T, N / 4> pixels[4];
+    for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 2; ++j) {
+            const int64_t pixel = (row * 2 + i) * columns * 2 + column * 2 + j;
+            pixels[2 * i + j] = load_pack<N / 4>(x + pixel * pitch + channel);
+        }
     }
+    Pack<T, N> block;
+    for (int n = 0; n < N; ++n) {
+        // the second channel may be padding
+        block.values[n] = channel + n / 4 < channels ? pixels[n % 4].values[n / 4] : T(0);
+    }
+    store_pack(y + ((row * columns + column) * packs + pack) * N, block);
 }
 
+// Any factor: a thread makes an element of y, or of its padding.
 template <typename T>
-__global__ void unshuffle_kernel(const T* x, T* y, int64_t planes, int64_t height, int64_t columns, int64_t factor) {
-    const int64_t index = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-    const int64_t column = index % columns;
-    const int64_t row = index / columns % height;
-    const int64_t plane = index / columns / height;
-    if (plane >= planes) return;
-    const T* source = x + ((plane * height + row) * columns + column) * factor;
-    const int64_t channel = (plane * factor + row % factor) * factor;
-    for (int64_t j = 0; j < factor; ++j) {
-        y[((channel + j) * (height / factor) + row / factor) * columns + column] = source[j];
-    }
+__global__ void unshuffle_kernel(const T* x, T* y, int channels, int pitch_x, int pitch_y, int columns, int factor) {
+    const int index = blockIdx.y * kThreads + threadIdx.x;
+    const int column = index / pitch_y;
+    const int to = index % pitch_y;
+    if (column >= columns) return;
+    const int64_t row = blockIdx.x;
+    const int channel = to / (factor * factor), i = to / factor % factor, j = to % factor;
+    const int64_t pixel = (row * factor + i) * columns * factor + column * factor + j;
+    y[(row * columns + column) * pitch_y + to] = channel < channels ? x[pixel * pitch_x + channel] : T(0);
 }
 
 }  // namespace
 
-cudaError_t launch_pixel_unshuffle(DataType type, const void* x, void* y, int64_t batch, int64_t channels,
-                                   int64_t height, int64_t width, int64_t factor, cudaStream_t stream) {
-    if (batch * channels * height * width == 0) return cudaSuccess;
+cudaError_t launch_pixel_unshuffle(DataType type, const void* x, void* y, int64_t batch, int64_t height, int64_t width,
+                                   int64_t channels, int64_t factor, cudaStream_t stream) {
+    if (batch * height * width * channels == 0) return cudaSuccess;
     if (factor < 1 || height % factor != 0 || width % factor != 0) return cudaErrorInvalidValue;
     return dispatch(type, [&](auto tag) {
         using T = decltype(tag);
-        constexpr int kPack = 8 / sizeof(T);  // 16 bytes of x, 8 bytes of each channel
         const T* source = static_cast<const T*>(x);
         T* target = static_cast<T*>(y);
-        const int64_t planes = batch * channels, columns = width / factor;
-        const auto blocks = [&](int64_t packed) { return ceil_div(planes * height * (columns / packed), kThreads); };
-        if (factor != 2) {
-            unshuffle_kernel<<<blocks(1), kThreads, 0, stream>>>(source, target, planes, height, columns, factor);
-        } else if (columns % kPack == 0) {
-            unshuffle_pairs_kernel<T, kPack>
-                <<<blocks(kPack), kThreads, 0, stream>>>(source, target, planes, height, columns);
+        const int64_t rows = batch * height / factor, columns = width / factor;
+        const int64_t pitch_x = pitch(type, channels), pitch_y = pitch(type, channels * factor * factor);
+        const auto blocks = [&](int64_t packs) { return dim3(rows, ceil_div(columns * packs, kThreads)); };
+        if (factor == 2) {
+            const int64_t packs = pitch_y * sizeof(T) / 16;
+            unshuffle_blocks_kernel<<<blocks(packs), kThreads, 0, stream>>>(source, target, channels, pitch_x, packs,
+                                                                            columns);
         } else {
-            unshuffle_pairs_kernel<T, 1><<<blocks(1), kThreads, 0, stream>>>(source, target, planes, height, columns);
+            unshuffle_kernel<<<blocks(pitch_y), kThreads, 0, stream>>>(source, target, channels, pitch_x, pitch_y,
+                                                                       columns, factor);
         }
     });
 }

@@ -13,6 +13,7 @@ class PixelUnshufflePlugin final : public ClonableOp<PixelUnshufflePlugin> {
     std::vector<Shape> outputs() const override {
         return {of({{0, 0}, {0, 1, int64_t{factor_} * factor_}, {0, 2, 1, factor_}, {0, 3, 1, factor_}})};
     }
+    bool is_image(int32_t) const override { return true; }
     const char* refuse(const Sizes& sizes) const override {
         if (sizes.rank(0) != 4) return "x must be (B, C, H, W)";
         if ((sizes(0, 2) > 0 && sizes(0, 2) % factor_ != 0) || (sizes(0, 3) > 0 && sizes(0, 3) % factor_ != 0)) {
@@ -21,8 +22,8 @@ class PixelUnshufflePlugin final : public ClonableOp<PixelUnshufflePlugin> {
         return nullptr;
     }
     cudaError_t enqueue(const Sizes& sizes, const Call& call) const override {
-        return launch_pixel_unshuffle(call.type, call.in[0], call.out[0], sizes(0, 0), sizes(0, 1), sizes(0, 2),
-                                      sizes(0, 3), factor_, call.stream);
+        return launch_pixel_unshuffle(call.type, call.in[0], call.out[0], sizes(0, 0), sizes(0, 2), sizes(0, 3),
+                                      sizes(0, 1), factor_, call.stream);
     }
 
   private:

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -42,31 +44,36 @@ def test_pattern_refuses_space_to_depth():
     assert PLUGIN.pattern.matches(graph) == []
 
 
+def launch(x, factor):
+    """The kernel's y (B, C·factor², H/factor, W/factor) of x (B, C, H, W)."""
+    batch, channels, height, width = x.shape
+    wide = channels * factor**2
+    shape = (batch, height // factor, width // factor, kernels.pitch(wide, x.dtype))
+    y = kernels.poisoned(math.prod(shape) + 64, dtype=x.dtype)
+    image = kernels.channel_last(x)
+    kernels.launch("pixel_unshuffle", x.dtype, image, y, batch, height, width, channels, factor)
+    assert y[math.prod(shape) :].isnan().all()  # nothing behind the end
+    return kernels.channel_first(y[: math.prod(shape)].view(shape), wide)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "factor"),
-    [
-        ((1, 24, 2, 2), 2),
-        ((2, 1, 6, 10), 2),
-        ((2, 3, 4, 12), 2),
-        ((2, 3, 4, 24), 2),
-        ((3, 5, 9, 3), 3),
-        ((1, 2, 8, 12), 4),
-        ((2, 3, 5, 7), 1),
-        ((0, 4, 2, 2), 2),
-        ((1, 24, 256, 256), 2),
-        ((2, 96, 64, 64), 2),
-        ((1, 12, 720, 1280), 2),
-        ((1, 3, 718, 1278), 2),
-    ],
+    [((batch, channels, 2, 2), 2) for batch in (1, 3) for channels in (1, 2, 3, 6, 7, 16, 24, 48, 96, 127, 192, 384)]
+    + [((2, 1, 6, 10), 2), ((2, 3, 4, 14), 2), ((1, 7, 10, 66), 2), ((2, 127, 6, 10), 2), ((1, 24, 4, 400), 2)]
+    + [((3, 5, 9, 3), 3), ((1, 2, 8, 12), 4), ((2, 3, 5, 7), 1), ((1, 48, 6, 9), 3), ((1, 1, 1, 1), 1)]
+    + [((1, 24, 256, 256), 2), ((1, 48, 128, 128), 2), ((2, 96, 64, 64), 2)]
+    + [((1, 24, 720, 1280), 2), ((1, 12, 720, 1280), 4), ((1, 3, 718, 1278), 2)],
 )
 def test_kernel_is_the_reference(shape, factor, dtype):
     torch.manual_seed(0)
     x = torch.randn(shape, device="cuda").to(dtype)
-    expected = pixel_unshuffle(x, factor)
-    y = kernels.poisoned(x.numel() + 64, dtype=dtype)
-    batch, channels, height, width = shape
-    kernels.launch("pixel_unshuffle", dtype, x, y, batch, channels, height, width, factor)
-    assert torch.equal(y[: x.numel()].view(expected.shape), expected)
-    assert y[x.numel() :].isnan().all()  # nothing behind the end
+    assert torch.equal(launch(x, factor), pixel_unshuffle(x, factor))
+
+
+@pytest.mark.gpu
+def test_kernel_takes_no_pixels_and_refuses_those_that_make_no_whole_blocks():
+    assert launch(torch.zeros(0, 4, 2, 2, device="cuda"), 2).shape == (0, 16, 1, 1)
+    with pytest.raises(RuntimeError):
+        launch(torch.zeros(1, 3, 4, 5, device="cuda"), 2)

@@ -1,52 +1,46 @@
-// Attention between the channels of an image, in NCHW.
+// Attention between the channels of an image, which are neighbours in memory.
 //
 // Floor: q, k and v are read once and y written once.  Scores need all pixels, so there are three kernels:
 //
-//   gram     per head and share of the pixels: q · kᵀ, Σq² and Σk²  → workspace, in FP32
-//   softmax  per row of a head's scores: sum of the shares, normalisation, softmax  → workspace, in the tensors' type
-//   mix      per head and share of the pixels: attention · v  → y
+//   gram     per head and share of the pixels: qᵀ · k, Σq² and Σk²  → workspace, in FP32
+//   softmax  per row of a head's scores: sum of the shares, normalisation, softmax  → workspace
+//   mix      per head and tile of pixels: v · attentionᵀ  → y
 //
 // q and k are never normalised themselves: dividing the products by both norms is the same, and needs no second pass.
 // There are no atomics; sums are taken in an order that depends on sizes only, so results repeat bit by bit.
 //
-// FP16 multiplies on tensor cores, which sum in FP32; FP32 on the ordinary units, whose speed is then the limit.
-#include <mma.h>
+// gram and mix exist twice.  FP16 heads of whole packs of 16 bytes go through tensor cores, which are faster than
+// memory, so that what counts is how much is on its way:
+//
+//   gram  A share leaves products that are memory traffic as well, so there is one block for each multiprocessor, or
+//         two.  Each has about 36 KB in flight: asynchronous copies into a ring of tiles.  Pixels are the inner
+//         dimension of the product and the rows of a tile, which transposing loads turn into fragments.
+//   mix   Warps work on their own, with neither shared memory nor barriers.  Which channel is which row or column of a
+//         fragment is free, so it is such that lanes load and store packs.  softmax leaves the attention in fragments,
+//         and a warp keeps it in registers.
+//
+// All others, FP32 above all, multiply and add on the ordinary units, whose speed is then the limit.
+#include <cuda_pipeline.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "common/kernel.cuh"
+#include "common/tensor_core.cuh"
 #include "transposed_attention/kernel.cuh"
 
 namespace trt_graft {
 namespace {
 
-namespace wmma = nvcuda::wmma;
+constexpr int kMaxChannels = 128;
+constexpr int64_t kMultiprocessors = 132;  // of an H200
+constexpr int64_t kShareUnit = 64;         // pixels; a multiple of gram's tiles
 
-constexpr int kThreads = 384;  // 12 warps: a multiple of the rows of 16 × 16 squares in 48 and in 96 channels
-constexpr int kWarps = kThreads / 32;
-constexpr int kSoftmaxThreads = 1024;
-constexpr int kSquare = 16;  // side of the matrices that a tensor core multiplies
+// Channels of a head as the kernels see them: absent ones are zeros.  48 and 96 are Restormer's.
+constexpr int padded(int64_t channels) { return channels <= 48 ? 48 : channels <= 96 ? 96 : kMaxChannels; }
 
-constexpr int64_t kMaxChannels = 128;
-constexpr int64_t kBlocks = 2 * 132;  // aim: two blocks for each multiprocessor of an H200
-constexpr int64_t kShareUnit = 64;    // pixels; a multiple of every tile
-
-// A tile is 128 bytes of each row, which 8 threads move in packs of 16 bytes.
-constexpr int kPacksPerRow = 8;
-constexpr int kRowsAtOnce = kThreads / kPacksPerRow;
-template <typename T>
-constexpr int kPack = 16 / sizeof(T);
-template <typename T>
-constexpr int kTile = kPacksPerRow * kPack<T>;
-template <typename T>
-constexpr int kStride = kTile<T> + kPack<T>;  // in shared memory: neighbouring rows begin in different banks
-
-// Channels as the kernels see them: absent ones are rows of zeros.  48 and 96 are Restormer's.
-constexpr int64_t padded(int64_t channels) { return channels <= 48 ? 48 : channels <= 96 ? 96 : kMaxChannels; }
-
-// What gram leaves behind: q · kᵀ (D, D), Σq² (D), Σk² (D).
-__host__ __device__ constexpr int64_t partial_size(int64_t D) { return D * D + 2 * D; }
+// What gram leaves behind: qᵀ · k (width, width), Σq² (width), Σk² (width).
+__host__ __device__ constexpr int64_t partial_size(int64_t width) { return width * width + 2 * width; }
 
 // The pixels of a head, divided among blocks.  Without a look at the device: the order of sums is the same on each.
 struct Shares {
@@ -54,245 +48,543 @@ struct Shares {
 };
 
 Shares share(int64_t all_heads, int64_t pixels) {
-    const int64_t wanted = ceil_div(kBlocks, all_heads);
+    // Two blocks for each multiprocessor where they have work enough, about a thousand pixels each.
+    const int64_t blocks = std::clamp(all_heads * pixels / 1024, kMultiprocessors, 2 * kMultiprocessors);
+    const int64_t wanted = std::max<int64_t>(blocks / all_heads, 1);
     const int64_t per_block = ceil_div(ceil_div(pixels, kShareUnit), wanted) * kShareUnit;
     return {ceil_div(pixels, per_block), per_block};
 }
 
-// The first `left` elements of a pack in global memory; the others are zero.  An aligned pack is inside or outside.
-template <bool ALIGNED, int N, typename T>
-__device__ void load_inside(Pack<T, N>& pack, const T* source, int64_t left) {
-    if constexpr (ALIGNED) {
-        if (left > 0) pack = load_pack<N>(source);
-    } else {
-        for (int n = 0; n < N; ++n) {
-            if (n < left) pack.values[n] = source[n];
-        }
-    }
+struct Shape {
+    int heads, channels;  // channels of a head
+    int64_t distance;     // from q to k, and from k to v
+    int64_t pixels, qkv_pitch, y_pitch;
+};
+
+// Each block has one head of one image: where it begins.
+template <typename T>
+__device__ const T* find_q(const T* qkv, const Shape& shape) {
+    return qkv + blockIdx.x / shape.heads * shape.pixels * shape.qkv_pitch + blockIdx.x % shape.heads * shape.channels;
 }
 
-template <bool ALIGNED, int N, typename T>
-__device__ void store_inside(T* target, const Pack<T, N>& pack, int64_t left) {
-    if constexpr (ALIGNED) {
-        if (left > 0) store_pack(target, pack);
-    } else {
-        for (int n = 0; n < N; ++n) {
-            if (n < left) target[n] = pack.values[n];
-        }
-    }
+template <typename T>
+__device__ T* find_y(T* y, const Shape& shape) {
+    return y + blockIdx.x / shape.heads * shape.pixels * shape.y_pitch + blockIdx.x % shape.heads * shape.channels;
 }
 
-// A tile on its way to shared memory.  Until the tile before it is done with, it stays in registers, where each thread
-// has one pack of every 48th row.
-template <typename T, int ROWS, int D, bool ALIGNED>
-struct Tile {
-    static constexpr int kCount = ceil_div(ROWS, kRowsAtOnce);
-    Pack<T, kPack<T>> packs[kCount];
+// ---- Tensor cores ---------------------------------------------------------------------------------------------------
 
-    static __device__ int row(int n) { return n * kRowsAtOnce + threadIdx.x / kPacksPerRow; }
+// Starts to copy 16 bytes to shared memory, or to fill them with zeros.  Turing cannot, and copies here and now.
+__device__ void copy_or_clear(__half* target, const __half* source, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(address), "l"(source), "r"(exists ? 16 : 0)
+                 : "memory");
+#else
+    Pack<__half, 8> pack = {};
+    if (exists) pack = load_pack<8>(source);
+    store_pack(target, pack);
+#endif
+}
 
-    // Rows 0 … D−1 are the channels of `source` (channels, pixels), the next D those of the matrix `distance` behind
-    // it.
-    __device__ void load(const T* source, int64_t distance, int64_t channels, int64_t pixels, int64_t first_pixel) {
-        const int64_t pixel = first_pixel + threadIdx.x % kPacksPerRow * kPack<T>;
-#pragma unroll
-        for (int n = 0; n < kCount; ++n) {
-            packs[n] = {};
-            const int channel = row(n) % D;
-            if (row(n) < ROWS && channel < channels) {
-                load_inside<ALIGNED>(packs[n], source + row(n) / D * distance + channel * pixels + pixel,
-                                     pixels - pixel);
-            }
-        }
-    }
+// How gram works on q and k of WIDTH channels each.
+template <int WIDTH>
+struct Gram {
+    static constexpr int kPack = 8;
+    static constexpr int kPacks = 2 * WIDTH / kPack;       // in a row of a tile: q, then k
+    static constexpr int kPixels = WIDTH <= 48 ? 64 : 32;  // rows
+    static constexpr int kTile = kPixels * 2 * WIDTH;
+    static constexpr int kTiles = 48 * 1024 / (kTile * sizeof(__half));
+    // Of the product, a warp has kHeight · 16 rows and kBreadth · 8 columns.
+    static constexpr int kHeight = WIDTH <= 48 ? 1 : 2;
+    static constexpr int kBreadth = WIDTH / 16;
+    static constexpr int kWarpsDown = WIDTH / (kHeight * 16);
+    static constexpr int kThreads = kWarpsDown * 2 * 32;
+    // A thread copies the same pack of every kRowsAtOnce-th row.
+    static constexpr int kRowsAtOnce = kThreads / kPacks;
+    static constexpr int kCopies = kPixels / kRowsAtOnce;
+    static_assert(kThreads % kPacks == 0 && kPixels % kRowsAtOnce == 0 && kThreads >= 2 * WIDTH);
 
-    __device__ void store(T (&tile)[ROWS][kStride<T>]) const {
-#pragma unroll
-        for (int n = 0; n < kCount; ++n) {
-            if (row(n) < ROWS) store_pack(&tile[row(n)][threadIdx.x % kPacksPerRow * kPack<T>], packs[n]);
-        }
-    }
-
-    __device__ void add_squares(float (&squares)[kCount]) const {
-#pragma unroll
-        for (int n = 0; n < kCount; ++n) {
-            for (const T value : packs[n].values) squares[n] += to_float(value) * to_float(value);
-        }
+    // Where a row has a pack: eight neighbouring rows have it in different banks.
+    static __device__ int offset(int row, int pack) {
+        return (row * kPacks + (pack ^ (kPacks % 8 == 0 ? row % 8 : row / 2 % 4))) * kPack;
     }
 };
 
-// q · kᵀ of the tiles seen so far, in registers.  Threads fall into groups, each with a (D, D) matrix of its own: the
-// groups share out the pixels of a tile.
-template <typename T, int D>
-struct Products;
+template <int WIDTH>
+__global__ void __launch_bounds__(Gram<WIDTH>::kThreads, 1)
+    gram_kernel(const __half* qkv, float* partials, Shape shape, int64_t share_pixels) {
+    using G = Gram<WIDTH>;
+    __shared__ alignas(16) __half tiles[G::kTiles][G::kTile];
+    const int64_t first = blockIdx.y * share_pixels;
+    const int64_t size = share_pixels < shape.pixels - first ? share_pixels : shape.pixels - first;
+    const int count = ceil_div(size, G::kPixels);
 
-// A warp has a row of squares.
-template <int D>
-struct Products<__half, D> {
-    static constexpr int kSquares = D / kSquare;
-    static constexpr int kGroups = kWarps / kSquares;  // warps may be left over
-    static constexpr int kSteps = kTile<__half> / kSquare;
-    const int warp = threadIdx.x / 32;
-    const int group = warp / kSquares;
-    const int row = warp % kSquares * kSquare;
-    wmma::fragment<wmma::accumulator, kSquare, kSquare, kSquare, float> sums[kSquares];
+    const int pack = threadIdx.x % G::kPacks, row = threadIdx.x / G::kPacks;
+    const int channel = pack % (WIDTH / G::kPack) * G::kPack;
+    const __half* source = find_q(qkv, shape) + (first + row) * shape.qkv_pitch + channel;
+    if (pack >= WIDTH / G::kPack) source += shape.distance;
+    const int64_t step = G::kRowsAtOnce * shape.qkv_pitch;
+    int64_t left = channel < shape.channels ? size - row : 0;  // pixels from `source` on that exist
 
-    __device__ Products() {
-        for (auto& sum : sums) wmma::fill_fragment(sum, 0.0f);
-    }
-
-    __device__ void add(const __half (&tile)[2 * D][kStride<__half>]) {
-        if (group >= kGroups) return;
-#pragma unroll 1  // fragments of one step fill the registers
-        for (int step = group; step < kSteps; step += kGroups) {
-            wmma::fragment<wmma::matrix_a, kSquare, kSquare, kSquare, __half, wmma::row_major> q;
-            wmma::load_matrix_sync(q, &tile[row][step * kSquare], kStride<__half>);
+    // Starts to copy tile n; calls come in order.
+    const auto copy = [&](int n) {
+        if (n < count) {
+            __half* target = tiles[n % G::kTiles];
 #pragma unroll
-            for (int n = 0; n < kSquares; ++n) {
-                // (pixel, channel) of kᵀ is where (channel, pixel) of k is: column-major
-                wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, __half, wmma::col_major> k;
-                wmma::load_matrix_sync(k, &tile[D + n * kSquare][step * kSquare], kStride<__half>);
-                wmma::mma_sync(sums[n], q, k, sums[n]);
+            for (int i = 0; i < G::kCopies; ++i) {
+                copy_or_clear(target + G::offset(row + i * G::kRowsAtOnce, pack), source, i * G::kRowsAtOnce < left);
+                source += step;
             }
+            left -= G::kPixels;
         }
-    }
+        __pipeline_commit();
+    };
+    for (int n = 0; n < G::kTiles - 1; ++n) copy(n);
 
-    __device__ void store(float* matrix, bool add_to_it) {
+    const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+    const int down = threadIdx.x / 32 % G::kWarpsDown * G::kHeight;
+    const int across = threadIdx.x / 32 / G::kWarpsDown * G::kBreadth;
+    float products[G::kHeight][G::kBreadth][4] = {};
+    float squares[G::kPack] = {};  // of the pack that this thread copies
+    for (int n = 0; n < count; ++n) {
+        __pipeline_wait_prior(G::kTiles - 2);
+        __syncthreads();  // the tile has arrived for all, and nobody reads the one before it any more
+        copy(n + G::kTiles - 1);
+        const __half* tile = tiles[n % G::kTiles];
 #pragma unroll
-        for (int n = 0; n < kSquares; ++n) {
-            float* square = matrix + row * D + n * kSquare;
-            if (add_to_it) {
-                wmma::fragment<wmma::accumulator, kSquare, kSquare, kSquare, float> before;
-                wmma::load_matrix_sync(before, square, D, wmma::mem_row_major);
-                for (int e = 0; e < before.num_elements; ++e) sums[n].x[e] += before.x[e];
-            }
-            wmma::store_matrix_sync(square, sums[n], D, wmma::mem_row_major);
-        }
-    }
-};
-
-// A thread has 4 × 4 elements, or several times as many: those of rows row, row + kSide, … and columns alike, so that
-// neighbouring threads read neighbouring rows of k, which lie in different banks.
-template <int D>
-struct Products<float, D> {
-    static constexpr int kSide = D / 4;
-    static constexpr int kPlaces = kSide * kSide;
-    static constexpr int kGroups = kPlaces < kThreads ? kThreads / kPlaces : 1;  // threads may be left over
-    static constexpr int kCount = ceil_div(kPlaces, kThreads);
-    const int group = threadIdx.x / kPlaces;
-    const int first_place = threadIdx.x % kPlaces;
-    float sums[kCount][4][4] = {};
-
-    __device__ void add(const float (&tile)[2 * D][kStride<float>]) {
-        if (group >= kGroups) return;
-        for (int pack = group; pack < kPacksPerRow; pack += kGroups) {
-#pragma unroll
-            for (int n = 0; n < kCount; ++n) {
-                const int place = first_place + n * kThreads;
-                if (place >= kPlaces) break;
-                Pack<float, 4> q[4], k[4];
-                for (int i = 0; i < 4; ++i) {
-                    q[i] = load_pack<4>(&tile[place / kSide + i * kSide][pack * 4]);
-                    k[i] = load_pack<4>(&tile[D + place % kSide + i * kSide][pack * 4]);
+        for (int pixel = 0; pixel < G::kPixels; pixel += 32) {
+            uint32_t q[2][G::kHeight][4];  // fragments a of qᵀ, for the first and the next 16 pixels
+            for (int half = 0; half < 2; ++half) {
+                for (int i = 0; i < G::kHeight; ++i) {
+                    const int from = pixel + half * 16 + lane / 16 * 8 + lane % 8;
+                    load_matrices_transposed(q[half][i], tile + G::offset(from, (down + i) * 2 + lane / 8 % 2));
                 }
-                for (int e = 0; e < 4; ++e) {
+            }
+            for (int j = 0; j < G::kBreadth; ++j) {
+                uint32_t k[4];  // two fragments b
+                load_matrices_transposed(k, tile + G::offset(pixel + lane, G::kPacks / 2 + across + j));
+                for (int half = 0; half < 2; ++half) {
+                    for (int i = 0; i < G::kHeight; ++i) {
+                        multiply_add(products[i][j], q[half][i], k[2 * half], k[2 * half + 1]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < G::kCopies; ++i) {
+            const auto values = load_pack<G::kPack>(tile + G::offset(row + i * G::kRowsAtOnce, pack));
+            for (int e = 0; e < G::kPack; ++e) squares[e] += to_float(values.values[e]) * to_float(values.values[e]);
+        }
+    }
+
+    float* partial = partials + (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * partial_size(WIDTH);
+    for (int i = 0; i < G::kHeight; ++i) {
+        for (int j = 0; j < G::kBreadth; ++j) {
+            float* corner = partial + ((down + i) * 16 + group) * WIDTH + (across + j) * 8 + 2 * pair;
+            store_pack(corner, Pack<float, 2>{{products[i][j][0], products[i][j][1]}});
+            store_pack(corner + 8 * WIDTH, Pack<float, 2>{{products[i][j][2], products[i][j][3]}});
+        }
+    }
+    __syncthreads();  // the tiles make way
+    float* sums = reinterpret_cast<float*>(tiles);
+    for (int e = 0; e < G::kPack; ++e) sums[row * 2 * WIDTH + pack * G::kPack + e] = squares[e];
+    __syncthreads();
+    if (threadIdx.x < 2 * WIDTH) {
+        float sum = 0;
+        for (int r = 0; r < G::kRowsAtOnce; ++r) sum += sums[r * 2 * WIDTH + threadIdx.x];
+        partial[WIDTH * WIDTH + threadIdx.x] = sum;
+    }
+}
+
+// A lane's part of WIDTH channels of a pixel: of each 32, those from 8·pair on, and of the last 16, if any, those from
+// 4·pair on.  Each word has two of them, and is what the lane contributes to a pack of 8 rows or columns of fragments.
+template <int WIDTH>
+struct Part {
+    static constexpr int kWide = WIDTH / 32 * 32;  // channels in packs of 8
+    Pack<uint32_t, 4> packs[WIDTH / 32];
+    Pack<uint32_t, 2> last;
+
+    __device__ uint32_t& word(int n) { return n < kWide / 8 ? packs[n / 4].values[n % 4] : last.values[n - kWide / 8]; }
+
+    // Which word of which lane has a channel, and whether it is the first or second in it.
+    struct Place {
+        int word, pair, half;
+    };
+    static __device__ Place find(int channel) {
+        if (channel < kWide) return {channel / 32 * 4 + channel % 8 / 2, channel % 32 / 8, channel % 2};
+        const int rest = channel - kWide;
+        return {kWide / 8 + rest % 4 / 2, rest / 4, rest % 2};
+    }
+
+    // Zeros for channels that do not exist.
+    __device__ void load(const __half* pixel, int pair, int channels) {
+        const int first = pair * 8, rest = kWide + pair * 4;
+        for (int n = 0; n < WIDTH / 32; ++n) {
+            packs[n] = {};
+            if (n * 32 + first < channels) packs[n] = load_pack<4>(as_words(pixel + n * 32 + first));
+        }
+        last = {};
+        if (kWide < WIDTH && rest < channels) last = load_pack<2>(as_words(pixel + rest));
+    }
+
+    // With the intrinsic, 16 bytes are one store: of store_pack the compiler makes four here.
+    __device__ void store(__half* pixel, int pair, int channels) const {
+        const int first = pair * 8, rest = kWide + pair * 4;
+        for (int n = 0; n < WIDTH / 32; ++n) {
+            const auto& [a, b, c, d] = packs[n].values;
+            auto* target = reinterpret_cast<uint4*>(pixel + n * 32 + first);
+            if (n * 32 + first < channels) __stwb(target, make_uint4(a, b, c, d));
+        }
+        if (kWide < WIDTH && rest < channels) store_pack(as_words(pixel + rest), last);
+    }
+
+  private:
+    static __device__ const uint32_t* as_words(const __half* channel) {
+        return reinterpret_cast<const uint32_t*>(channel);
+    }
+    static __device__ uint32_t* as_words(__half* channel) { return reinterpret_cast<uint32_t*>(channel); }
+};
+
+// How mix works on WIDTH channels.  A warp takes kTile pixels at a time and makes kColumns channels of y, so many that
+// its attention fits into registers.
+template <int WIDTH>
+struct Mix {
+    static constexpr int kTile = 16;
+    static constexpr int kColumns = WIDTH == 128 ? 32 : 48;
+    static constexpr int kParts = WIDTH / kColumns;
+    static constexpr int kThreads = 128;
+    static constexpr int kTiles = kThreads / 32 / kParts;  // of a block at a time
+    static constexpr int kBlocks = WIDTH <= 48 ? 4 : 3;    // of a multiprocessor
+    // The transposed attention of a warp, as fragments b: [16 rows][8 columns][half a fragment].
+    static constexpr int kWords = WIDTH / 16 * kColumns / 8 * 2;
+
+    // Blocks for a head: no more than are resident at once, so that each loads its attention for many tiles.
+    static int64_t blocks(int64_t all_heads, int64_t pixels) {
+        const int64_t wanted = std::max<int64_t>(kMultiprocessors * kBlocks / all_heads, 1);
+        const int64_t turns = ceil_div(pixels, kTiles * kTile);  // of one block, were it alone
+        return ceil_div(turns, ceil_div(turns, wanted));
+    }
+
+    // Where softmax puts an element of a head's attention: [part][word / 4][lane][word % 4][half a word].
+    using Element = __half;
+    static __device__ int place(int row, int column) {
+        const auto in = Part<WIDTH>::find(column);
+        const auto out = Part<kColumns>::find(row % kColumns);
+        const int word = (in.word / 2 * (kColumns / 8) + out.word) * 2 + in.word % 2;
+        const int lane = (out.pair * 2 + out.half) * 4 + in.pair;
+        return (((row / kColumns * (kWords / 4) + word / 4) * 32 + lane) * 4 + word % 4) * 2 + in.half;
+    }
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(Mix<WIDTH>::kThreads, Mix<WIDTH>::kBlocks)
+    mix_kernel(const __half* __restrict__ qkv, const __half* __restrict__ attention, __half* y, Shape shape) {
+    using M = Mix<WIDTH>;
+    const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+    const int part = threadIdx.x / 32 % M::kParts;
+    const __half* v = find_q(qkv, shape) + 2 * shape.distance;
+    y = find_y(y, shape) + part * M::kColumns;
+
+    // The lane's rows of a tile are its pixels group and group + 8.
+    const auto load = [&](Part<WIDTH>(&rows)[2], int64_t first) {
+        for (int half = 0; half < 2; ++half) {
+            const int64_t pixel = first + group + half * 8;
+            rows[half].load(v + pixel * shape.qkv_pitch, pair, pixel < shape.pixels ? shape.channels : 0);
+        }
+    };
+    const int64_t stride = int64_t{gridDim.y} * M::kTiles * M::kTile;
+    int64_t first = (int64_t{blockIdx.y} * M::kTiles + threadIdx.x / 32 / M::kParts) * M::kTile;
+    Part<WIDTH> next[2];
+    load(next, first);
+
+    uint32_t weights[M::kWords];
+    const auto* packs = reinterpret_cast<const uint32_t*>(attention + int64_t{blockIdx.x} * WIDTH * WIDTH);
+    packs += (part * (M::kWords / 4) * 32 + lane) * 4;
+#pragma unroll
+    for (int word = 0; word < M::kWords; word += 4) {
+        const auto pack = load_pack<4>(packs + word * 32);
+        for (int n = 0; n < 4; ++n) weights[word + n] = pack.values[n];
+    }
+
+    for (; first < shape.pixels; first += stride) {
+        Part<WIDTH> rows[2] = {next[0], next[1]};
+        load(next, first + stride);  // arrives while this tile is multiplied and written
+        float sums[M::kColumns / 8][4] = {};
+#pragma unroll
+        for (int step = 0; step < WIDTH / 16; ++step) {
+            const uint32_t a[] = {rows[0].word(2 * step), rows[1].word(2 * step), rows[0].word(2 * step + 1),
+                                  rows[1].word(2 * step + 1)};
+#pragma unroll
+            for (int j = 0; j < M::kColumns / 8; ++j) {
+                const uint32_t* b = weights + (step * (M::kColumns / 8) + j) * 2;
+                multiply_add(sums[j], a, b[0], b[1]);
+            }
+        }
+        for (int half = 0; half < 2; ++half) {
+            const int64_t pixel = first + group + half * 8;
+            Part<M::kColumns> result;
+#pragma unroll
+            for (int j = 0; j < M::kColumns / 8; ++j) {
+                result.word(j) = as_word(__floats2half2_rn(sums[j][2 * half], sums[j][2 * half + 1]));
+            }
+            result.store(y + pixel * shape.y_pitch, pair,
+                         pixel < shape.pixels ? shape.channels - part * M::kColumns : 0);
+        }
+    }
+}
+
+// ---- Multiply-adds in FP32 ------------------------------------------------------------------------------------------
+
+// Four channels in FP32, zeros behind the first `channels`.  Where packs are aligned, all four exist or none.
+template <bool ALIGNED, typename T>
+__device__ Pack<float, 4> load_channels(const T* source, int channels) {
+    Pack<T, 4> pack = {};
+    if constexpr (ALIGNED) {
+        if (channels > 0) pack = load_pack<4>(source);
+    } else {
+        for (int n = 0; n < 4; ++n) {
+            if (n < channels) pack.values[n] = source[n];
+        }
+    }
+    Pack<float, 4> values;
+    for (int n = 0; n < 4; ++n) values.values[n] = to_float(pack.values[n]);
+    return values;
+}
+
+// How gram works on q and k of WIDTH channels each.  Threads fall into groups, which share out the pixels of a tile.
+template <int WIDTH>
+struct PlainGram {
+    static constexpr int kThreads = 512;
+    static constexpr int kPixels = WIDTH <= 96 ? 32 : 16;  // of a tile
+    static constexpr int kPacks = 2 * WIDTH / 4;           // of a pixel: q, then k
+    static constexpr int kCopies = ceil_div(kPixels * kPacks, kThreads);
+    // A thread has kBlocks × kBlocks blocks of 4 × 4 products, kDistance apart.
+    static constexpr int kBlocks = WIDTH <= 48 ? 1 : 2;
+    static constexpr int kDistance = WIDTH / kBlocks;
+    static constexpr int kSide = kDistance / 4;                 // of the square of threads that make all products
+    static constexpr int kGroups = kThreads / (kSide * kSide);  // threads may be left over
+};
+
+template <typename T, int WIDTH, bool ALIGNED>
+__global__ void __launch_bounds__(PlainGram<WIDTH>::kThreads, 1)
+    plain_gram_kernel(const T* qkv, float* partials, Shape shape, int64_t share_pixels) {
+    using G = PlainGram<WIDTH>;
+    __shared__ alignas(16) float tile[G::kPixels][2 * WIDTH];
+    const int64_t first = blockIdx.y * share_pixels;
+    const int64_t end = first + share_pixels < shape.pixels ? first + share_pixels : shape.pixels;
+    const T* q = find_q(qkv, shape);
+
+    // A tile on its way; until the one before it is done with, it stays in registers.
+    Pack<float, 4> packs[G::kCopies];
+    const auto load = [&](int64_t first_pixel) {
+#pragma unroll
+        for (int n = 0; n < G::kCopies; ++n) {
+            const int i = n * G::kThreads + threadIdx.x;
+            const int column = i % G::kPacks * 4, channel = column % WIDTH;
+            const int64_t pixel = first_pixel + i / G::kPacks;
+            const bool exists = i < G::kPixels * G::kPacks && pixel < end;
+            const T* source = q + pixel * shape.qkv_pitch + channel;
+            packs[n] = load_channels<ALIGNED>(column < WIDTH ? source : source + shape.distance,
+                                              exists ? shape.channels - channel : 0);
+        }
+    };
+    const int place = threadIdx.x % (G::kSide * G::kSide), group = threadIdx.x / (G::kSide * G::kSide);
+    const int down = place / G::kSide * 4, across = place % G::kSide * 4;
+    float products[G::kBlocks][G::kBlocks][4][4] = {};
+    float squares = 0;  // of channel threadIdx.x
+
+    load(first);
+    for (int64_t pixel = first; pixel < end; pixel += G::kPixels) {
+        __syncthreads();  // the tile before is no longer read
+#pragma unroll
+        for (int n = 0; n < G::kCopies; ++n) {
+            const int i = n * G::kThreads + threadIdx.x;
+            if (i < G::kPixels * G::kPacks) store_pack(&tile[i / G::kPacks][i % G::kPacks * 4], packs[n]);
+        }
+        __syncthreads();
+        load(pixel + G::kPixels);
+        if (threadIdx.x < 2 * WIDTH) {
+            for (const auto& row : tile) squares += row[threadIdx.x] * row[threadIdx.x];
+        }
+        if (group >= G::kGroups) continue;
+        for (int row = group; row < G::kPixels; row += G::kGroups) {
+            Pack<float, 4> q_packs[G::kBlocks], k_packs[G::kBlocks];
+            for (int b = 0; b < G::kBlocks; ++b) {
+                q_packs[b] = load_pack<4>(&tile[row][b * G::kDistance + down]);
+                k_packs[b] = load_pack<4>(&tile[row][WIDTH + b * G::kDistance + across]);
+            }
+            for (int r = 0; r < G::kBlocks; ++r) {
+                for (int c = 0; c < G::kBlocks; ++c) {
                     for (int i = 0; i < 4; ++i) {
-                        for (int j = 0; j < 4; ++j) sums[n][i][j] += q[i].values[e] * k[j].values[e];
+                        for (int j = 0; j < 4; ++j) {
+                            products[r][c][i][j] += q_packs[r].values[i] * k_packs[c].values[j];
+                        }
                     }
                 }
             }
         }
     }
 
-    __device__ void store(float* matrix, bool add_to_it) {
-#pragma unroll
-        for (int n = 0; n < kCount; ++n) {
-            const int place = first_place + n * kThreads;
-            if (place >= kPlaces) break;
-            for (int i = 0; i < 4; ++i) {
-                for (int j = 0; j < 4; ++j) {
-                    float& element = matrix[(place / kSide + i * kSide) * D + place % kSide + j * kSide];
-                    element = add_to_it ? element + sums[n][i][j] : sums[n][i][j];
+    float* partial = partials + (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * partial_size(WIDTH);
+    for (int turn = 0; turn < G::kGroups; ++turn) {  // one group after the other
+        for (int n = 0; n < G::kBlocks * G::kBlocks * 4 && turn == group; ++n) {
+            const int r = n / 4 / G::kBlocks, c = n / 4 % G::kBlocks, i = n % 4;
+            float* target = partial + (r * G::kDistance + down + i) * WIDTH + c * G::kDistance + across;
+            Pack<float, 4> sums = {};
+            if (turn > 0) sums = load_pack<4>(target);
+            for (int j = 0; j < 4; ++j) sums.values[j] += products[r][c][i][j];
+            store_pack(target, sums);
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x < 2 * WIDTH) partial[WIDTH * WIDTH + threadIdx.x] = squares;
+}
+
+template <int WIDTH>
+struct PlainMix {
+    static constexpr int kThreads = 256;
+    static constexpr int kPixels = 64;  // of a tile
+
+    static int64_t blocks(int64_t, int64_t pixels) {
+        return std::min<int64_t>(ceil_div(pixels, kPixels), UINT16_MAX);  // as many as a grid takes
+    }
+
+    // Where softmax puts an element of a head's attention: transposed.
+    using Element = float;
+    static __device__ int place(int row, int column) { return column * WIDTH + row; }
+};
+
+template <typename T, int WIDTH, bool ALIGNED>
+__global__ void __launch_bounds__(PlainMix<WIDTH>::kThreads, 2)
+    plain_mix_kernel(const T* qkv, const float* __restrict__ attention, T* y, Shape shape) {
+    using M = PlainMix<WIDTH>;
+    constexpr int kPacks = WIDTH / 4;
+    constexpr int kDown = M::kPixels / 4;  // a thread has the pixels down, down + kDown, …, and 4 channels
+    __shared__ alignas(16) float tile[M::kPixels][WIDTH + 4];
+    const T* v = find_q(qkv, shape) + 2 * shape.distance;
+    T* target = find_y(y, shape);
+    attention += int64_t{blockIdx.x} * WIDTH * WIDTH;
+    const int padding = blockIdx.x % shape.heads == shape.heads - 1 ? shape.y_pitch - shape.distance : 0;
+
+    for (int64_t first = int64_t{blockIdx.y} * M::kPixels; first < shape.pixels;
+         first += int64_t{gridDim.y} * M::kPixels) {
+        __syncthreads();  // the tile before is no longer read
+        for (int i = threadIdx.x; i < M::kPixels * kPacks; i += M::kThreads) {
+            const int64_t pixel = first + i / kPacks;
+            const int channel = i % kPacks * 4;
+            store_pack(&tile[i / kPacks][channel],
+                       load_channels<ALIGNED>(v + pixel * shape.qkv_pitch + channel,
+                                              pixel < shape.pixels ? shape.channels - channel : 0));
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < kDown * kPacks; i += M::kThreads) {
+            const int channel = i % kPacks * 4, down = i / kPacks;
+            if (channel >= shape.channels) continue;
+            Pack<float, 4> sums[4] = {};
+            for (int k = 0; k < shape.channels; k += 4) {
+                Pack<float, 4> weights[4], values[4];
+                for (int n = 0; n < 4; ++n) {
+                    weights[n] = load_pack<4>(attention + (k + n) * WIDTH + channel);
+                    values[n] = load_pack<4>(&tile[down + n * kDown][k]);
+                }
+                for (int e = 0; e < 4; ++e) {
+                    for (int p = 0; p < 4; ++p) {
+                        for (int n = 0; n < 4; ++n) sums[p].values[n] += values[p].values[e] * weights[e].values[n];
+                    }
+                }
+            }
+            for (int p = 0; p < 4; ++p) {
+                const int64_t pixel = first + down + p * kDown;
+                if (pixel >= shape.pixels) continue;
+                Pack<T, 4> rounded;
+                for (int n = 0; n < 4; ++n) rounded.values[n] = from_float<T>(sums[p].values[n]);
+                T* pack = target + pixel * shape.y_pitch + channel;
+                if constexpr (ALIGNED) {
+                    store_pack(pack, rounded);
+                } else {
+                    for (int n = 0; n < 4; ++n) {
+                        if (channel + n < shape.channels) pack[n] = rounded.values[n];
+                    }
                 }
             }
         }
-    }
-};
-
-template <typename T, int D, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, D == 48 ? 2 : 1)
-    gram_kernel(const T* qkv, float* partials, int64_t heads, int64_t channels, int64_t pixels, int64_t share_pixels) {
-    __shared__ alignas(128) T shared[2 * D][kStride<T>];  // q, then k
-    const int64_t image = blockIdx.x / heads, head = blockIdx.x % heads;
-    const int64_t distance = heads * channels * pixels;  // from q to k
-    const T* q = qkv + 3 * image * distance + head * channels * pixels;
-    const int64_t first = blockIdx.y * share_pixels;
-    const int64_t end = first + share_pixels < pixels ? first + share_pixels : pixels;
-
-    Tile<T, 2 * D, D, ALIGNED> tile;
-    Products<T, D> products;
-    float squares[tile.kCount] = {};
-    tile.load(q, distance, channels, pixels, first);
-    for (int64_t pixel = first; pixel < end; pixel += kTile<T>) {
-        tile.store(shared);
-        tile.add_squares(squares);
-        __syncthreads();
-        // the next tile arrives while this one is multiplied
-        if (pixel + kTile<T> < end) tile.load(q, distance, channels, pixels, pixel + kTile<T>);
-        products.add(shared);
-        __syncthreads();
-    }
-
-    float* partial = partials + (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * partial_size(D);
-    for (int group = 0; group < products.kGroups; ++group) {  // one after the other
-        if (products.group == group) products.store(partial, group > 0);
-        __syncthreads();
-    }
-    for (int n = 0; n < tile.kCount; ++n) {
-        for (int offset = kPacksPerRow / 2; offset > 0; offset /= 2) {
-            squares[n] += __shfl_xor_sync(0xffffffffu, squares[n], offset);
+        if (threadIdx.x < M::kPixels && first + threadIdx.x < shape.pixels) {
+            for (int n = 0; n < padding; ++n) {
+                target[(first + threadIdx.x) * shape.y_pitch + shape.channels + n] = from_float<T>(0);
+            }
         }
-        if (threadIdx.x % kPacksPerRow == 0 && tile.row(n) < 2 * D) partial[D * D + tile.row(n)] = squares[n];
     }
 }
 
-// A block has one row of scores, which needs D products, the squares of all D rows of k and of one row of q.
-template <typename T, int D>
-__global__ void __launch_bounds__(kSoftmaxThreads)
-    softmax_kernel(const float* partials, const T* temperature, T* attention, int64_t heads, int64_t channels,
-                   int64_t shares) {
-    constexpr int kValues = 2 * D + 1;
-    constexpr int kGroups = kSoftmaxThreads / kValues;  // they divide the shares among them
-    __shared__ float sums[kGroups][kValues];
+// ---- Both -----------------------------------------------------------------------------------------------------------
+
+// A block has one row of scores: WIDTH products, Σk² of all channels and Σq² of its own.  Threads load packs of four.
+template <int WIDTH>
+struct Softmax {
+    static constexpr int kPacks = 2 * WIDTH / 4 + 1;
+    static constexpr int kGroups = WIDTH <= 96 ? 16 : 15;  // the threads' shares of the shares
+    static constexpr int kThreads = ceil_div(kGroups * kPacks, 32) * 32;
+    // Blocks of a multiprocessor, whose registers are to suffice for as many as it has room for.
+#if __CUDA_ARCH__ == 750
+    static constexpr int kBlocks = 1024 / kThreads;
+#else
+    static constexpr int kBlocks = 1536 / kThreads;
+#endif
+};
+
+template <typename T, int WIDTH, typename M>
+__global__ void __launch_bounds__(Softmax<WIDTH>::kThreads, Softmax<WIDTH>::kBlocks)
+    softmax_kernel(const float* __restrict__ partials, const T* __restrict__ temperature,
+                   typename M::Element* attention, int heads, int channels, int shares) {
+    using S = Softmax<WIDTH>;
+    constexpr int kAtOnce = 8;  // loads on their way
+    __shared__ alignas(16) float sums[S::kGroups][S::kPacks * 4], totals[S::kPacks * 4];
+    const T scale = temperature[blockIdx.x % heads];
     const int row = blockIdx.y;
-    const int value = threadIdx.x % kValues, group = threadIdx.x / kValues;
-    if (group < kGroups) {
-        const int offset = value < D ? row * D + value : D * D + (value < 2 * D ? value : row);
-        const float* partial = partials + blockIdx.x * shares * partial_size(D) + offset;
-        float sum = 0;
-#pragma unroll 8
-        for (int64_t share = group; share < shares; share += kGroups) sum += partial[share * partial_size(D)];
-        sums[group][value] = sum;
+    const int pack = threadIdx.x % S::kPacks, group = threadIdx.x / S::kPacks;
+    if (group < S::kGroups) {
+        int offset = pack * 4 + row * WIDTH;                              // products
+        if (pack >= WIDTH / 4) offset = WIDTH * WIDTH + pack * 4;         // Σk², which follows Σq²
+        if (pack == S::kPacks - 1) offset = WIDTH * WIDTH + row / 4 * 4;  // Σq²
+        const float* partial = partials + int64_t{blockIdx.x} * shares * partial_size(WIDTH) + offset;
+        Pack<float, 4> sum = {};
+        for (int first = group; first < shares; first += kAtOnce * S::kGroups) {
+            Pack<float, 4> packs[kAtOnce] = {};
+#pragma unroll
+            for (int n = 0; n < kAtOnce; ++n) {
+                if (first + n * S::kGroups < shares) {
+                    packs[n] = load_pack<4>(partial + (first + n * S::kGroups) * partial_size(WIDTH));
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < kAtOnce; ++n) {
+                for (int e = 0; e < 4; ++e) sum.values[e] += packs[n].values[e];
+            }
+        }
+        store_pack(&sums[group][pack * 4], sum);
     }
     __syncthreads();
-    if (group == 0) {
-        for (int other = 1; other < kGroups; ++other) sums[0][value] += sums[other][value];
+    if (threadIdx.x < S::kPacks * 4) {
+        float total = 0;
+#pragma unroll
+        for (int g = 0; g < S::kGroups; ++g) total += sums[g][threadIdx.x];
+        totals[threadIdx.x] = total;
     }
     __syncthreads();
     if (threadIdx.x >= 32) return;
 
-    constexpr int kPerLane = ceil_div(D, 32);
-    const float* products = sums[0];
-    const float* k_squares = sums[0] + D;
-    const float q_norm = fmaxf(sqrtf(sums[0][2 * D]), 1e-12f);
-    const float scale = to_float(temperature[blockIdx.x % heads]);
+    constexpr int kPerLane = ceil_div(WIDTH, 32);
+    const float q_norm = fmaxf(sqrtf(totals[2 * WIDTH + row % 4]), 1e-12f);
     float scores[kPerLane];
     float largest = -INFINITY;
     for (int n = 0; n < kPerLane; ++n) {
         const int column = n * 32 + threadIdx.x;
         scores[n] = -INFINITY;
         if (column < channels) {
-            scores[n] = products[column] / q_norm / fmaxf(sqrtf(k_squares[column]), 1e-12f) * scale;
+            scores[n] = totals[column] / q_norm / fmaxf(sqrtf(totals[WIDTH + column]), 1e-12f) * to_float(scale);
         }
         largest = fmaxf(largest, scores[n]);
     }
@@ -300,120 +592,11 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
     float total = 0;
     for (float& score : scores) total += score = expf(score - largest);
     total = warp_sum(total);
+    attention += int64_t{blockIdx.x} * WIDTH * WIDTH;
     for (int n = 0; n < kPerLane; ++n) {
         const int column = n * 32 + threadIdx.x;
-        // zeros in the rows and columns of absent channels
-        if (column < D) {
-            attention[(int64_t{blockIdx.x} * D + row) * D + column] =
-                from_float<T>(row < channels ? scores[n] / total : 0.0f);
-        }
-    }
-}
-
-// attention · v of a tile.
-template <typename T, int D, bool ALIGNED>
-struct Mix;
-
-// A warp keeps 16 rows of the attention in registers, and takes 16 pixels at a time.
-template <int D, bool ALIGNED>
-struct Mix<__half, D, ALIGNED> {
-    static constexpr int kSquares = D / kSquare;
-    static constexpr int kGroups = kWarps / kSquares;
-    static constexpr int kSteps = kTile<__half> / kSquare;
-    static constexpr int kWidth = kSquare + 8;
-    const int warp = threadIdx.x / 32;
-    const int group = warp / kSquares;
-    const int row = warp % kSquares * kSquare;
-    wmma::fragment<wmma::matrix_a, kSquare, kSquare, kSquare, __half, wmma::row_major> attention[kSquares];
-
-    __device__ explicit Mix(const __half* matrix) {
-#pragma unroll
-        for (int n = 0; n < kSquares; ++n) wmma::load_matrix_sync(attention[n], matrix + row * D + n * kSquare, D);
-    }
-
-    __device__ void operator()(const __half (&tile)[D][kStride<__half>], __half* y, int64_t channels, int64_t pixels,
-                               int64_t first_pixel) const {
-        // which thread has which element of a fragment is known only to the hardware
-        __shared__ alignas(128) float results[kWarps][kSquare][kWidth];
-        if (group >= kGroups) return;
-        for (int step = group; step < kSteps; step += kGroups) {
-            wmma::fragment<wmma::accumulator, kSquare, kSquare, kSquare, float> sum;
-            wmma::fill_fragment(sum, 0.0f);
-#pragma unroll
-            for (int n = 0; n < kSquares; ++n) {
-                wmma::fragment<wmma::matrix_b, kSquare, kSquare, kSquare, __half, wmma::row_major> v;
-                wmma::load_matrix_sync(v, &tile[n * kSquare][step * kSquare], kStride<__half>);
-                wmma::mma_sync(sum, attention[n], v, sum);
-            }
-            wmma::store_matrix_sync(&results[warp][0][0], sum, kWidth, wmma::mem_row_major);
-            __syncwarp();
-            const int lane = threadIdx.x % 32;
-            const auto values = load_pack<8>(&results[warp][lane / 2][lane % 2 * 8]);
-            Pack<__half, 8> rounded;
-            for (int n = 0; n < 8; ++n) rounded.values[n] = from_float<__half>(values.values[n]);
-            const int channel = row + lane / 2;
-            const int64_t pixel = first_pixel + step * kSquare + lane % 2 * 8;
-            if (channel < channels) store_inside<ALIGNED>(y + channel * pixels + pixel, rounded, pixels - pixel);
-            __syncwarp();  // read before the next step overwrites it
-        }
-    }
-};
-
-// A thread has 4 pixels of 4 rows: row, row + kSide, …  It finds the attention in L1, where shared memory would be
-// short.
-template <int D, bool ALIGNED>
-struct Mix<float, D, ALIGNED> {
-    static constexpr int kSide = D / 4;
-    const int row = threadIdx.x / kPacksPerRow;
-    const int column = threadIdx.x % kPacksPerRow * 4;
-    const float* attention;
-
-    __device__ explicit Mix(const float* matrix) : attention(matrix) {}
-
-    __device__ void operator()(const float (&tile)[D][kStride<float>], float* y, int64_t channels, int64_t pixels,
-                               int64_t first_pixel) const {
-        if (row >= kSide) return;
-        Pack<float, 4> sums[4] = {};
-        for (int k = 0; k < D; k += 4) {
-            Pack<float, 4> weights[4], v[4];
-            for (int i = 0; i < 4; ++i) {
-                weights[i] = load_pack<4>(attention + (row + i * kSide) * D + k);
-                v[i] = load_pack<4>(&tile[k + i][column]);
-            }
-            for (int e = 0; e < 4; ++e) {
-                for (int i = 0; i < 4; ++i) {
-                    for (int n = 0; n < 4; ++n) sums[i].values[n] += weights[i].values[e] * v[e].values[n];
-                }
-            }
-        }
-        const int64_t pixel = first_pixel + column;
-        for (int i = 0; i < 4; ++i) {
-            const int channel = row + i * kSide;
-            if (channel < channels) store_inside<ALIGNED>(y + channel * pixels + pixel, sums[i], pixels - pixel);
-        }
-    }
-};
-
-template <typename T, int D, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, D == 128 ? 1 : 2)
-    mix_kernel(const T* qkv, const T* attention, T* y, int64_t heads, int64_t channels, int64_t pixels,
-               int64_t share_pixels) {
-    __shared__ alignas(128) T shared[D][kStride<T>];
-    const int64_t image = blockIdx.x / heads, head = blockIdx.x % heads;
-    const T* v = qkv + ((3 * image + 2) * heads + head) * channels * pixels;
-    y += blockIdx.x * channels * pixels;
-    const int64_t first = blockIdx.y * share_pixels;
-    const int64_t end = first + share_pixels < pixels ? first + share_pixels : pixels;
-
-    Tile<T, D, D, ALIGNED> tile;
-    tile.load(v, 0, channels, pixels, first);
-    const Mix<T, D, ALIGNED> mix(attention + int64_t{blockIdx.x} * D * D);
-    for (int64_t pixel = first; pixel < end; pixel += kTile<T>) {
-        tile.store(shared);
-        __syncthreads();
-        if (pixel + kTile<T> < end) tile.load(v, 0, channels, pixels, pixel + kTile<T>);
-        mix(shared, y, channels, pixels, pixel);
-        __syncthreads();
+        // zeros in the columns of absent channels
+        if (column < WIDTH) attention[M::place(row, column)] = from_float<typename M::Element>(scores[n] / total);
     }
 }
 
@@ -421,33 +604,55 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 1 : 2)
 
 int64_t transposed_attention_workspace_bytes(int64_t batch, int64_t heads, int64_t head_channels, int64_t pixels) {
     if (batch * heads * head_channels * pixels == 0) return 0;
-    const int64_t D = padded(head_channels), all_heads = batch * heads;
+    const int64_t width = padded(head_channels), all_heads = batch * heads;
     // A bound for all_heads · share(…).count, which itself goes up and down.
-    const int64_t shares = std::min(all_heads * ceil_div(pixels, kShareUnit), kBlocks + all_heads);
-    return (shares * partial_size(D) + all_heads * D * D) * sizeof(float);
+    const int64_t shares =
+        std::min(all_heads * ceil_div(pixels, kShareUnit), std::max(all_heads, 2 * kMultiprocessors));
+    return (shares * partial_size(width) + all_heads * width * width) * sizeof(float);
 }
 
 cudaError_t launch_transposed_attention(DataType type, const void* qkv, const void* temperature, void* y,
                                         void* workspace, int64_t batch, int64_t heads, int64_t head_channels,
                                         int64_t pixels, cudaStream_t stream) {
     if (batch * heads * head_channels * pixels == 0) return cudaSuccess;
-    if (head_channels > kMaxChannels) return cudaErrorInvalidValue;
-    const Shares shares = share(batch * heads, pixels);
+    const int64_t all_heads = batch * heads, channels = heads * head_channels;
+    if (head_channels > kMaxChannels || all_heads > INT32_MAX / kMaxChannels) return cudaErrorInvalidValue;
+    const Shape shape{
+        static_cast<int>(heads), static_cast<int>(head_channels), channels, pixels, pitch(type, 3 * channels),
+        pitch(type, channels)};
+    const Shares shares = share(all_heads, pixels);
+
     return dispatch(type, [&](auto tag) {
         using T = decltype(tag);
-        const auto launch = [&](auto padded_channels, auto aligned) {
-            constexpr int D = decltype(padded_channels)::value;
+        const auto launch = [&](auto width, auto aligned) {
+            constexpr int kWidth = decltype(width)::value;
             constexpr bool kAligned = decltype(aligned)::value;
+            constexpr bool kTensorCores = kAligned && std::is_same_v<T, __half>;
+            using M = std::conditional_t<kTensorCores, Mix<kWidth>, PlainMix<kWidth>>;
             const T* input = static_cast<const T*>(qkv);
+            T* output = static_cast<T*>(y);
             float* partials = static_cast<float*>(workspace);
-            T* attention = reinterpret_cast<T*>(partials + batch * heads * shares.count * partial_size(D));
-            const dim3 grid(batch * heads, shares.count);
-            gram_kernel<T, D, kAligned>
-                <<<grid, kThreads, 0, stream>>>(input, partials, heads, head_channels, pixels, shares.pixels);
-            softmax_kernel<T, D><<<dim3(batch * heads, D), kSoftmaxThreads, 0, stream>>>(
-                partials, static_cast<const T*>(temperature), attention, heads, head_channels, shares.count);
-            mix_kernel<T, D, kAligned><<<grid, kThreads, 0, stream>>>(input, attention, static_cast<T*>(y), heads,
-                                                                      head_channels, pixels, shares.pixels);
+            auto* attention =
+                reinterpret_cast<typename M::Element*>(partials + all_heads * shares.count * partial_size(kWidth));
+
+            const dim3 gram_grid(all_heads, shares.count);
+            if constexpr (kTensorCores) {
+                gram_kernel<kWidth>
+                    <<<gram_grid, Gram<kWidth>::kThreads, 0, stream>>>(input, partials, shape, shares.pixels);
+            } else {
+                plain_gram_kernel<T, kWidth, kAligned>
+                    <<<gram_grid, PlainGram<kWidth>::kThreads, 0, stream>>>(input, partials, shape, shares.pixels);
+            }
+            softmax_kernel<T, kWidth, M><<<dim3(all_heads, kWidth), Softmax<kWidth>::kThreads, 0, stream>>>(
+                partials, static_cast<const T*>(temperature), attention, shape.heads, shape.channels,
+                static_cast<int>(shares.count));
+            const dim3 mix_grid(all_heads, M::blocks(all_heads, pixels));
+            if constexpr (kTensorCores) {
+                mix_kernel<kWidth><<<mix_grid, M::kThreads, 0, stream>>>(input, attention, output, shape);
+            } else {
+                plain_mix_kernel<T, kWidth, kAligned>
+                    <<<mix_grid, M::kThreads, 0, stream>>>(input, attention, output, shape);
+            }
         };
         const auto launch_padded = [&](auto aligned) {
             switch (padded(head_channels)) {
@@ -459,8 +664,8 @@ cudaError_t launch_transposed_attention(DataType type, const void* qkv, const vo
                     return launch(std::integral_constant<int, 128>{}, aligned);
             }
         };
-        // Packs need rows of pixels that begin on their boundaries.
-        if (pixels % kPack<T> == 0) {
+        // Heads of whole packs of 16 bytes begin on their boundaries.
+        if (head_channels % (16 / sizeof(T)) == 0) {
             launch_padded(std::true_type{});
         } else {
             launch_padded(std::false_type{});

@@ -6,10 +6,10 @@ namespace trt_graft {
 
 // y = softmax(q̂ · k̂ᵀ · temperature) · v for each head, q̂ and k̂ being q and k with rows divided by max(‖row‖, 1e-12).
 //
-// qkv          (batch, 3, heads, head_channels, pixels), head_channels at most 128
+// qkv          `batch` images of `pixels` pixels, with channels (3, heads, head_channels); head_channels at most 128
 // temperature  (heads)
-// y            (batch, heads, head_channels, pixels)
-// workspace    transposed_attention_workspace_bytes(…) bytes, or more, on a 32-byte boundary
+// y            as many images and pixels, with channels (heads, head_channels)
+// workspace    transposed_attention_workspace_bytes(…) bytes, or more, on a 16-byte boundary
 TRT_GRAFT_API cudaError_t launch_transposed_attention(DataType type, const void* qkv, const void* temperature, void* y,
                                                       void* workspace, int64_t batch, int64_t heads,
                                                       int64_t head_channels, int64_t pixels, cudaStream_t stream);

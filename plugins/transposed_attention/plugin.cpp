@@ -11,6 +11,7 @@ class TransposedAttentionPlugin final : public ClonableOp<TransposedAttentionPlu
     std::vector<Attribute> attributes() override { return {}; }
     int32_t inputs() const override { return 2; }
     std::vector<Shape> outputs() const override { return {of({{0, 0}, {0, 1, 1, 3}, {0, 2}, {0, 3}})}; }
+    bool is_image(int32_t tensor) const override { return tensor != 1; }
     const char* refuse(const Sizes& sizes) const override {
         if (sizes.rank(0) != 4) return "qkv must be (B, 3·C, H, W)";
         if (sizes(0, 1) >= 0 && sizes(1, 0) > 0 && sizes(0, 1) % (3 * sizes(1, 0)) != 0) {

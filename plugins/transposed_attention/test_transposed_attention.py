@@ -1,4 +1,5 @@
 import ctypes
+import math
 
 import numpy as np
 import pytest
@@ -68,20 +69,26 @@ def test_pattern_refuses_attention_without_normalisation():
 
 
 def launched(qkv, temperature):
-    """The kernels' result; they write neither behind y nor behind their workspace."""
+    """The kernels' y (B, C, H, W) of qkv (B, 3·C, H, W); they write neither behind y nor behind their workspace."""
     batch, channels, height, width = qkv.shape
+    channels //= 3
     heads = len(temperature)
-    sizes = (batch, heads, channels // 3 // heads, height * width)
-    workspace_bytes = kernels.library().transposed_attention_workspace_bytes
-    workspace_bytes.restype = ctypes.c_int64
-    floats = workspace_bytes(*map(ctypes.c_int64, sizes)) // 4
+    sizes = (batch, heads, channels // heads, height * width)
+    floats = workspace_bytes(*sizes) // 4
     workspace = kernels.poisoned(floats + 64, dtype=torch.float32)
-    elements = qkv.numel() // 3
+    shape = (batch, height, width, kernels.pitch(channels, qkv.dtype))
+    elements = math.prod(shape)
     y = kernels.poisoned(elements + 64, dtype=qkv.dtype)
-    kernels.launch("transposed_attention", qkv.dtype, qkv, temperature, y, workspace, *sizes)
+    kernels.launch("transposed_attention", qkv.dtype, kernels.channel_last(qkv), temperature, y, workspace, *sizes)
     assert workspace[floats:].isnan().all()
     assert y[elements:].isnan().all()
-    return y[:elements].view(batch, channels // 3, height, width)
+    return kernels.channel_first(y[:elements].view(shape), channels)
+
+
+def workspace_bytes(*sizes):
+    function = kernels.library().transposed_attention_workspace_bytes
+    function.restype = ctypes.c_int64
+    return function(*map(ctypes.c_int64, sizes))
 
 
 def expected_in_fp64(qkv, temperature):
@@ -110,19 +117,39 @@ def random_on_gpu(sizes, dtype):
         (1, 48, 1, 1, 1),
         (1, 48, 1, 7, 9),
         (2, 6, 3, 1, 1),
+        (2, 1, 1, 3, 3),
+        (1, 3, 1, 9, 7),
         (3, 16, 16, 5, 4),
+        (2, 12, 3, 4, 5),  # 4 channels a head: packs of FP32, none of FP16
         (2, 34, 2, 5, 13),  # 17 channels a head
         (1, 97, 1, 9, 8),
+        (1, 127, 1, 4, 9),
         (1, 128, 1, 43, 3),
         (2, 256, 2, 8, 8),
-        (140, 3, 1, 13, 10),  # more heads than half the blocks aimed at
-        (1, 48, 1, 256, 256),
+        (1, 8, 1, 3, 5),  # heads that end within a fragment
+        (1, 24, 1, 20, 7),
+        (1, 40, 1, 5, 14),
+        (2, 160, 2, 6, 11),
+        (1, 88, 1, 7, 19),
+        (1, 104, 1, 3, 30),
+        (140, 3, 1, 13, 10),  # more heads than blocks aimed at
+        (140, 8, 1, 13, 10),
+        (300, 16, 1, 31, 33),
+        (1, 48, 1, 256, 256),  # Restormer's levels
         (1, 96, 2, 128, 128),
         (1, 192, 4, 64, 64),
         (1, 384, 8, 32, 32),
         (1, 96, 1, 256, 256),
         (1, 96, 1, 253, 255),
+        (8, 48, 1, 256, 256),
+        (8, 96, 2, 128, 128),
+        (8, 192, 4, 64, 64),
+        (8, 384, 8, 32, 32),
         (1, 48, 1, 720, 1280),
+        (1, 96, 2, 360, 640),
+        (1, 192, 4, 180, 320),
+        (1, 384, 8, 90, 160),
+        (1, 96, 1, 720, 1280),
     ],
 )
 def test_kernel_is_the_reference(sizes, dtype):
@@ -134,7 +161,7 @@ def test_kernel_is_the_reference(sizes, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("channels", [48, 96, 128])
+@pytest.mark.parametrize("channels", [17, 48, 56, 96, 128])
 def test_kernel_tells_channels_apart(channels, dtype):
     """Each channel of q is one of k, so that softmax picks a row of v: random q and k average them all."""
     torch.manual_seed(0)
@@ -160,11 +187,15 @@ def test_kernel_on_zero_constant_and_large_channels(dtype):
 
 @pytest.mark.gpu
 def test_workspace_for_the_largest_image_is_enough_for_smaller_ones():
-    workspace_bytes = kernels.library().transposed_attention_workspace_bytes
-    workspace_bytes.restype = ctypes.c_int64
-    for heads in (1, 2, 8, 131, 300):
-        needed = [workspace_bytes(*map(ctypes.c_int64, (1, heads, 48, pixels))) for pixels in range(0, 40000, 61)]
-        assert needed == sorted(needed)
+    smaller, larger = (1, 1, 1, 1), (300, 300, 128, 40000)  # batch, heads, head_channels, pixels
+    usual = (2, 4, 48, 3000)
+    for axis in range(4):
+        for others in (smaller, usual, larger):
+            needed = [
+                workspace_bytes(*others[:axis], size, *others[axis + 1 :])
+                for size in range(smaller[axis], larger[axis] + 1, 1 + larger[axis] // 1000)
+            ]
+            assert needed == sorted(needed)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,47 @@
+"""Runs a build folder's engines on stored inputs: what test_engines.py needs of the interpreter that has TensorRT.
+
+    python -m tests.run_engines BUILD_DIR MODEL PRECISION
+
+For each part, reads <part>.check.npz, and leaves <part>.<precision>.outputs.npz with `<round>/<set>/<output>`: the
+outputs of a first round, and of a second one after all memory was poisoned.  The second round must allocate nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+import numpy as np
+
+from infer_trt import TensorRTExecutor
+from models.chain import BuildFolder
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else value.to_host()
+
+
+def main() -> None:
+    build_dir, model, precision = sys.argv[1:]
+    folder = BuildFolder(Path(build_dir), model)
+    executor = TensorRTExecutor(folder, precision)
+    free = []
+    results: Dict[str, Dict[str, np.ndarray]] = {part.name: {} for part in folder.parts()}
+    for turn in range(2):
+        free.append(executor.cuda.mem_get_info()[0])
+        for call in executor.calls.values():
+            for array in call.arrays.values():
+                executor.cuda.memset_d8(array.address, 0xFF, int(np.prod(array.shape)) * array.dtype.itemsize)
+        for part in folder.parts():
+            for number, inputs in enumerate(folder.check_inputs(part)):
+                outputs = executor.run(part.name, inputs)
+                results[part.name].update({f"{turn}/{number}/{key}": as_numpy(outputs[key]) for key in outputs})
+    free.append(executor.cuda.mem_get_info()[0])
+    for name, outputs in results.items():
+        np.savez(folder.path / f"{name}.{precision}.outputs.npz", **outputs)
+    assert free[1] == free[2], f"{free[1] - free[2]} bytes were allocated in the second round"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Every plugin as an engine of one node, built and run by the chain's own scripts; and both models' engines.
+
+TensorRT may live in another interpreter than PyTorch: TRT_PYTHON names it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+
+import plugins
+from build_engine import gpu_name
+from export_onnx import OPSET
+from models.chain import BuildFolder
+from models.spec import Dim, Part, TensorSpec
+from tests.conftest import MODELS, ROOT, run_step
+
+PYTHON = os.environ.get("TRT_PYTHON", sys.executable)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_name() is None, reason="no GPU")]
+
+# As in plugins/kernels.py: FP32 sums in another order, FP16 results rounded another way.
+TOLERANCE = {"fp32": 2e-5, "fp16": 2e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A node of a plugin's operator, and the sizes at which its engine runs.
+
+    inputs, outputs  name → shape, in sizes and names of dims; integers where the name is `position`
+    weights          name → shape of constants
+    sizes            of all dims; the first is what the engine is tuned for
+    """
+
+    plugin: str
+    inputs: Mapping[str, Sequence[int | str]]
+    weights: Mapping[str, Sequence[int]]
+    outputs: Mapping[str, Sequence[int | str]]
+    sizes: Sequence[Mapping[str, int]]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def part(self) -> Part:
+        def tensors(shapes: Mapping[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
+            return tuple(
+                TensorSpec(name, "int32" if name == "position" else "float32", tuple(shape), name != "position")
+                for name, shape in shapes.items()
+            )
+
+        dims = tuple(
+            Dim(name, min(values), (values[0],), max(values))
+            for name in self.sizes[0]
+            for values in [[sizes[name] for sizes in self.sizes]]
+        )
+        return Part(self.plugin, tensors(self.inputs), tensors(self.outputs), dims, {self.plugin: 1})
+
+    def model(self, precision: str, random: np.random.Generator) -> onnx.ModelProto:
+        dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
+        plugin = plugins.find(self.plugin)
+        node = helper.make_node(
+            plugin.op,
+            [*self.inputs, *self.weights],
+            list(self.outputs),
+            domain=plugins.DOMAIN,
+            plugin_version=plugins.VERSION,
+            plugin_namespace=plugins.DOMAIN,
+            **self.attributes,
+        )
+        half = helper.np_dtype_to_tensor_dtype(dtype)
+        values = {
+            tensor.name: helper.make_tensor_value_info(
+                tensor.name, half if tensor.internal else onnx.TensorProto.INT32, tensor.shape
+            )
+            for tensor in (*self.part.inputs, *self.part.outputs)
+        }
+        graph = helper.make_graph(
+            [node],
+            self.plugin,
+            [values[name] for name in self.inputs],
+            [values[name] for name in self.outputs],
+            [
+                numpy_helper.from_array(random.uniform(0.5, 1.5, shape).astype(dtype), name)
+                for name, shape in self.weights.items()
+            ],
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(plugins.DOMAIN, 1)]
+        return helper.make_model(graph, functions=[plugin.function], opset_imports=opsets, ir_version=8)
+
+    def input_sets(self, random: np.random.Generator) -> list[dict[str, np.ndarray]]:
+        """Two for each of the sizes: the second one meets a CUDA graph."""
+        return [
+            {
+                tensor.name: random.standard_normal(tensor.sizes(sizes), np.float32)
+                if tensor.internal
+                else random.integers(0, sizes["length"], tensor.shape, np.int32)
+                for tensor in self.part.inputs
+            }
+            for sizes in self.sizes
+            for _ in range(2)
+        ]
+
+
+IMAGES = [
+    dict(batch=batch, height=height, width=width)
+    for batch, height, width in ((2, 24, 40), (1, 4, 2), (32, 8, 8), (3, 26, 22))
+]
+ROWS = [dict(batch=batch, length=length) for batch, length in ((16, 64), (1, 8), (32, 24), (3, 40))]
+CACHES = {f"{kind}_cache": ("batch", 8, "length", 64) for kind in ("key", "value")}
+PRESENT = {f"present_{kind}": ("batch", 8, "length", 64) for kind in ("key", "value")}
+TOKEN = ("batch", 1, 512)
+TOKENS = ("batch", "length", 384)
+IMAGE_48 = ("batch", 48, "height", "width")
+
+CASES = [
+    Case(
+        "channel_layer_norm",
+        {"x": IMAGE_48},
+        {"weight": [48], "bias": [48]},
+        {"y": IMAGE_48},
+        IMAGES,
+        dict(epsilon=1e-5, subtract_mean=1),
+    ),
+    Case(
+        "transposed_attention",
+        {"qkv": ("batch", 288, "height", "width")},
+        {"temperature": [2, 1, 1]},
+        {"y": ("batch", 96, "height", "width")},
+        IMAGES,
+    ),
+    Case(
+        "depthwise_conv",
+        {"x": IMAGE_48},
+        {"weight": [48, 1, 3, 3], "bias": [48]},
+        {"y": IMAGE_48},
+        IMAGES,
+        dict(channels=48),
+    ),
+    Case(
+        "gated_depthwise_conv",
+        {"x": IMAGE_48},
+        {"weight": [48, 1, 3, 3], "bias": [48]},
+        {"y": ("batch", 24, "height", "width")},
+        IMAGES,
+        dict(channels=48),
+    ),
+    Case(
+        "pixel_unshuffle",
+        {"x": ("batch", 3, 24, 40)},
+        {},
+        {"y": ("batch", 12, 12, 20)},
+        [dict(batch=batch) for batch in (2, 1, 32)],
+        dict(factor=2),
+    ),
+    Case(
+        "pixel_shuffle",
+        {"x": ("batch", 12, 12, 20)},
+        {},
+        {"y": ("batch", 3, 24, 40)},
+        [dict(batch=batch) for batch in (2, 1, 32)],
+        dict(factor=2),
+    ),
+    Case(
+        "residual_layer_norm",
+        {"x": TOKENS, "residual": TOKENS},
+        {"weight": [384], "bias": [384]},
+        {"sum": TOKENS, "y": TOKENS},
+        ROWS,
+        dict(epsilon=1e-6),
+    ),
+    Case("encoder_attention", dict.fromkeys("qkv", TOKENS), {}, {"y": TOKENS}, ROWS, dict(heads=6, scale=0.125)),
+    Case(
+        "cached_self_attention",
+        {**dict.fromkeys(("query", "key", "value"), TOKEN), **CACHES, "position": (1,)},
+        {},
+        {"y": TOKEN, **PRESENT},
+        ROWS,
+        dict(scale=0.125),
+    ),
+    Case(
+        "cross_attention",
+        {"query": TOKEN, "key": ("batch", 8, "length", 64), "value": ("batch", 8, "length", 64)},
+        {},
+        {"y": TOKEN},
+        ROWS,
+        dict(scale=0.125),
+    ),
+]
+
+
+def run_with_tensorrt(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [PYTHON, *map(str, arguments)], cwd=ROOT, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+    )
+
+
+def written(cases: Sequence[Case], build_dir: Path) -> BuildFolder:
+    """A build folder as surgeon.py would leave it, with a part for each case."""
+    folder = BuildFolder(build_dir, "trocr")
+    patched: dict[str, Any] = {precision: {} for precision in TOLERANCE}
+    random = np.random.default_rng(0)
+    for case in cases:
+        folder.write_check_inputs(case.part, case.input_sets(random))
+        in_place = {
+            list(case.outputs)[output]: [*case.inputs, *case.weights][source]
+            for output, source in plugins.find(case.plugin).in_place.items()
+        }
+        for precision in TOLERANCE:
+            onnx.save(case.model(precision, random), folder.onnx(case.plugin, precision))
+            patched[precision][case.plugin] = {"in_place": in_place}
+    folder.write_manifest({"parts": [case.part.to_json() for case in cases], "settings": {}, "patched": patched})
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(TOLERANCE))
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildFolder, str]:
+    """All cases in one precision, built and run."""
+    folder, precision = written(CASES, tmp_path_factory.mktemp("engines")), request.param
+    for command in (
+        ("build_engine.py", "trocr", "--precision", precision, "--build-dir", folder.path.parent),
+        ("-m", "tests.run_engines", folder.path.parent, "trocr", precision),
+    ):
+        done = run_with_tensorrt(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder, precision
+
+
+def test_every_plugin_has_a_case():
+    assert sorted(case.plugin for case in CASES) == plugins.names()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.plugin)
+def test_engine_computes_what_the_function_says(ran, case):
+    """Dynamic shapes, batch 1 to 32, with and without a CUDA graph, several contexts of one engine."""
+    folder, precision = ran
+    session = onnxruntime.InferenceSession(folder.onnx(case.plugin, precision), providers=["CPUExecutionProvider"])
+    dtype = np.float16 if precision == "fp16" else np.float32
+    outputs = np.load(folder.path / f"{case.plugin}.{precision}.outputs.npz")
+    for number, inputs in enumerate(folder.check_inputs(case.part)):
+        typed = {name: values.astype(dtype) if name != "position" else values for name, values in inputs.items()}
+        for name, expected in zip(case.outputs, session.run(list(case.outputs), typed)):
+            first, second = (outputs[f"{turn}/{number}/{name}"] for turn in range(2))
+            assert first.shape == expected.shape
+            scale = max(1.0, float(np.abs(expected.astype(np.float32)).max()))
+            error = np.abs(first.astype(np.float32) - expected.astype(np.float32)).max()
+            assert error <= TOLERANCE[precision] * scale, (name, number, error)  # NaN fails too
+            np.testing.assert_array_equal(first, second)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What plugins refuse
+# ---------------------------------------------------------------------------------------------------------------------
+
+NORM = CASES[0]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "weights", "x_type", "message"),
+    [
+        (NORM.attributes, {"weight": [47], "bias": [48]}, None, "ChannelLayerNorm: weight and bias must be (C)"),
+        ({"epsilon": 1e-5}, NORM.weights, None, "ChannelLayerNorm: attribute subtract_mean is missing"),
+        (
+            {"epsilon": 1, "subtract_mean": 1},
+            NORM.weights,
+            None,
+            "ChannelLayerNorm: attribute epsilon is missing or of",
+        ),
+        (NORM.attributes, NORM.weights, onnx.TensorProto.INT32, "INT32"),
+    ],
+    ids=["shape", "missing attribute", "attribute of another type", "input of another type"],
+)
+def test_refusal_is_in_tensorrts_log(tmp_path, attributes, weights, x_type, message):
+    case = Case(NORM.plugin, NORM.inputs, weights, NORM.outputs, NORM.sizes, attributes)
+    folder = written([case], tmp_path)
+    path = folder.onnx(case.plugin, "fp32")
+    model = onnx.load(path)
+    if x_type is not None:
+        model.graph.input[0].type.tensor_type.elem_type = x_type
+    onnx.save(model, path)
+    done = run_with_tensorrt("build_engine.py", "trocr", "--build-dir", tmp_path)
+    assert done.returncode == 2
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+LOAD = """
+import sys, ctypes
+import tensorrt as trt
+import plugins
+logger = trt.Logger(trt.Logger.ERROR)
+registry = trt.get_plugin_registry()
+path = str(plugins.library_path())
+for how in sys.argv[1:]:
+    if how == "static":
+        ctypes.CDLL(path)
+    else:
+        handle = registry.load_library(path)
+        if how == "twice" and handle is not None:
+            registry.deregister_library(handle)
+            registry.load_library(path)
+creators = registry.plugin_creator_list if hasattr(registry, "plugin_creator_list") else registry.all_creators
+names = [creator.name for creator in creators if creator.plugin_namespace == "trt_graft"]
+print(sorted(set(names)))
+"""
+
+
+@pytest.mark.parametrize(
+    "how", [["static"], ["dynamic"], ["static", "dynamic"], ["dynamic", "static"], ["twice"]], ids="+".join
+)
+def test_library_loads_in_every_way(how):
+    """Statically, as ctypes and trtexec's --staticPlugins do, and through the registry, as --dynamicPlugins does."""
+    done = run_with_tensorrt("-c", LOAD, *how)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(sorted(plugins.find(name).op for name in plugins.names()))
+    assert "already" not in done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_models_meet_their_bars(built, model):
+    """The demo variants' engines against PyTorch FP32, at the models' bars."""
+    for precision in TOLERANCE:
+        done = run_with_tensorrt("build_engine.py", model, "--precision", precision, "--build-dir", built)
+        assert done.returncode == 0, done.stderr
+    done = run_step(
+        "compare.py", model, "--build-dir", built, "--executors", "pytorch", "tensorrt", "--trt-python", PYTHON
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,7 @@
     python surgeon.py trocr --precision fp16
     python surgeon.py restormer --without transposed_attention    leave one pattern as the exporter wrote it
     python surgeon.py restormer --without all                     only set the precision: the baseline without plugins
+    python surgeon.py restormer --with norm_pointwise_conv        also a plugin that is off by default
 
 Reads build/<model>/<part>.onnx and leaves build/<model>/<part>.<precision>.onnx.  Patterns are matched by topology and
 counted; a count that differs from what the model must have is an error.  The patched graph carries, for every plugin
@@ -30,6 +31,7 @@ from plugins.matching import Match
 
 # Operators whose sums or quotients leave the range or the resolution of FP16.
 ALWAYS_FP32 = {"Softmax", "LayerNormalization", "ReduceMean", "ReduceSum", "ReduceL2", "Pow", "Sqrt", "Exp", "Range"}
+MATRIX_PRODUCTS = {"Conv", "Gemm", "MatMul"}  # tensor cores sum them in FP32 whatever their inputs are
 TOLERANCE = 1e-5  # of the largest value, for FP32
 
 
@@ -221,7 +223,14 @@ def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[s
                 counts[name] += 1
     graph.cleanup()
     if precision == "fp16":
-        left = [node for name in found if name in without for match in found[name] for node in match.nodes]
+        left = [
+            node
+            for name in found
+            if name in without and plugins.find(name).needs_fp32
+            for match in found[name]
+            for node in match.nodes
+            if node.op not in MATRIX_PRODUCTS
+        ]
         to_fp16(graph, part, left)
     model = finish(graph, counts)
     target = folder.onnx(part.name, precision)
@@ -256,13 +265,26 @@ def listed(counts: Mapping[str, int]) -> str:
 
 
 def main() -> int:
+    off = [name for name in plugins.names() if not plugins.find(name).on_by_default]
     arguments = parser(__doc__)
     arguments.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the patched graph (fp32)")
     arguments.add_argument(
         "--without", nargs="+", default=[], metavar="PLUGIN", help=f"from {', '.join(plugins.names())}, or all"
     )
+    arguments.add_argument(
+        "--with",
+        nargs="+",
+        default=[],
+        metavar="PLUGIN",
+        dest="wanted",
+        help=f"also those that are off by default: {', '.join(off) or 'none'}",
+    )
     options = arguments.parse_args()
-    without = plugins.names() if options.without == ["all"] else [plugins.find(name).name for name in options.without]
+    if options.without == ["all"]:
+        without = plugins.names()
+    else:
+        without = [plugins.find(name).name for name in options.without]
+        without += set(off) - {plugins.find(name).name for name in options.wanted}
     folder = BuildFolder(options.build_dir, options.model)
     manifest = folder.manifest()
     patched, passed = {}, True

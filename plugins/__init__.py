@@ -2,8 +2,8 @@
 
 Every folder here with a `pattern.py` is a plugin:
 
-    pattern.py     OP, the ONNX operator's name, and matches(graph), the subgraphs that it replaces; FUSES, the
-                   plugins whose subgraphs lie within these, and IN_PLACE, outputs that may take inputs' memory
+    pattern.py     OP, the ONNX operator's name, and matches(graph), the subgraphs that it replaces; and what else the
+                   properties of `Plugin` ask for
     reference.py   FUNCTION, the operator's meaning as an ONNX function body, and the same as a PyTorch function
     kernel.cu      launch_<plugin>, the same in CUDA
     plugin.cpp     how TensorRT calls it
@@ -44,6 +44,16 @@ class Plugin:
     @property
     def op(self) -> str:
         return self.pattern.OP
+
+    @property
+    def on_by_default(self) -> bool:
+        """Whether surgery grafts it unasked: not where TensorRT's own layers are faster, or nobody has measured."""
+        return getattr(self.pattern, "ON_BY_DEFAULT", True)
+
+    @property
+    def needs_fp32(self) -> bool:
+        """Whether its subgraph, where it is left as it is, must not be computed in FP16."""
+        return getattr(self.pattern, "NEEDS_FP32", False)
 
     @property
     def reach(self) -> int:

@@ -155,6 +155,21 @@ def test_one_plugin_left_out(copied):
     assert "13 transposed_attention" in output
 
 
+def test_plugins_that_are_off_by_default_come_when_asked_for(copied):
+    """They replace what smaller plugins would, each node once."""
+    asked = ("--with", "norm_pointwise_conv", "pointwise_conv_residual")
+    output = succeeds("surgeon.py", "restormer", "--precision", "fp16", *asked, "--build-dir", copied)
+    assert "26 norm_pointwise_conv" in output
+    assert "26 pointwise_conv_residual" in output
+    assert "channel_layer_norm" not in output
+    image = np.random.default_rng(0).random((1, 3, 72, 80), dtype=np.float32)
+    exported, patched = (
+        session(copied / "restormer" / f"network{suffix}.onnx").run(None, {"image": image})[0]
+        for suffix in ("", ".fp16")
+    )
+    assert 0 < np.abs(patched - exported).max() < 5e-3
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_engines_build_without_a_gpu(copied, model, precision):

@@ -39,6 +39,7 @@ class Case:
 
     inputs, outputs  name → shape, in sizes and names of dims; integers where the name is `position`
     weights          name → shape of constants
+    order            of the node's inputs: first inputs, then weights, unless it is given
     sizes            of all dims; the first is what the engine is tuned for
     """
 
@@ -48,6 +49,12 @@ class Case:
     outputs: Mapping[str, Sequence[int | str]]
     sizes: Sequence[Mapping[str, int]]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    order: Sequence[str] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the node's inputs, in its order."""
+        return list(self.order or (*self.inputs, *self.weights))
 
     @property
     def part(self) -> Part:
@@ -69,7 +76,7 @@ class Case:
         plugin = plugins.find(self.plugin)
         node = helper.make_node(
             plugin.op,
-            [*self.inputs, *self.weights],
+            self.names,
             list(self.outputs),
             domain=plugins.DOMAIN,
             plugin_version=plugins.VERSION,
@@ -154,6 +161,22 @@ CASES = [
         dict(channels=48),
     ),
     Case(
+        "norm_pointwise_conv",
+        {"x": IMAGE_48},
+        {"norm_weight": [48], "norm_bias": [48], "weight": [144, 48, 1, 1], "bias": [144]},
+        {"y": ("batch", 144, "height", "width")},
+        IMAGES,
+        dict(epsilon=1e-5, subtract_mean=1),
+    ),
+    Case(
+        "pointwise_conv_residual",
+        {"x": ("batch", 128, "height", "width"), "residual": IMAGE_48},
+        {"weight": [48, 128, 1, 1], "bias": [48]},
+        {"y": IMAGE_48},
+        IMAGES,
+        order=("x", "weight", "bias", "residual"),
+    ),
+    Case(
         "pixel_unshuffle",
         {"x": ("batch", 3, 24, 40)},
         {},
@@ -211,7 +234,7 @@ def written(cases: Sequence[Case], build_dir: Path) -> BuildFolder:
     for case in cases:
         folder.write_check_inputs(case.part, case.input_sets(random))
         in_place = {
-            list(case.outputs)[output]: [*case.inputs, *case.weights][source]
+            list(case.outputs)[output]: case.names[source]
             for output, source in plugins.find(case.plugin).in_place.items()
         }
         for precision in TOLERANCE:

@@ -195,6 +195,8 @@ def exportable_part(network: Restormer) -> ExportablePart:
         ),
         plugins={
             "channel_layer_norm": 2 * blocks,
+            "norm_pointwise_conv": 2 * blocks,
+            "pointwise_conv_residual": 2 * blocks + architecture.dual_pixel,  # the skip around the whole network
             "transposed_attention": blocks,
             "depthwise_conv": blocks,
             "gated_depthwise_conv": blocks,

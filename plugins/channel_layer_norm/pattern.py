@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from plugins.matching import Constant, Either, Match, Op, Reshaped, Value, find, scalar
 
 OP = "ChannelLayerNorm"
+NEEDS_FP32 = True  # squares leave FP16's range, and epsilon its resolution
 
 
 def swaps_last_two(node: gs.Node) -> bool:

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from plugins.matching import Constant, Either, Match, Op, Reshaped, Value, find
 
 OP = "TransposedAttention"
+NEEDS_FP32 = True  # norms leave FP16's range, and 1e-12 its resolution
 
 
 def third_of_channels(node: gs.Node) -> bool:

@@ -1,0 +1,1 @@
+"""A small Restormer trained by this project: its data, its training and its weights."""

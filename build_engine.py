@@ -3,6 +3,7 @@
     python build_engine.py restormer
     python build_engine.py trocr --precision fp16
     python build_engine.py restormer --compute-capability 8.6 8.9
+    python build_engine.py restormer --largest batch=1 height=512 width=512     for GPUs with little memory
 
 Reads build/<model>/<part>.<precision>.onnx and leaves build/<model>/<part>.<precision>.engine.  With `tensorrt` and a
 GPU the engine is built for that GPU; on a machine without one, TensorRT-RTX (`pip install tensorrt-rtx`) builds for the
@@ -18,15 +19,16 @@ import ctypes
 import hashlib
 import importlib
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import plugins
 from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
-from models.spec import Part, TensorSpec, Unusable
+from models.spec import Dim, Part, TensorSpec, Unusable
 
 COMPUTE_CAPABILITIES = ("8.9", "12.0")  # what TensorRT-RTX builds for unless asked otherwise
 
@@ -208,6 +210,26 @@ def profile_shapes(part: Part, tensor: TensorSpec, sizes: Mapping[str, int]) -> 
     ]
 
 
+def size(text: str) -> Tuple[str, int]:
+    """`batch=1` as a pair; what argparse expects of a type."""
+    name, _, value = text.partition("=")
+    if not value.isdigit() or int(value) < 1:
+        raise ArgumentTypeError(f"{text!r} is not DIM=SIZE")
+    return name, int(value)
+
+
+def capped(part: Part, largest: Mapping[str, int]) -> Part:
+    """The part with no dim larger than it is in `largest`, nor tuned for larger sizes."""
+
+    def cap(dim: Dim) -> Dim:
+        limit = min(dim.maximum, largest.get(dim.name, dim.maximum))
+        if limit < dim.minimum:
+            raise Unusable(f"--largest: {dim.name} begins at {dim.minimum}")
+        return replace(dim, optima=tuple(dict.fromkeys(min(size, limit) for size in dim.optima)), maximum=limit)
+
+    return replace(part, dims=tuple(cap(dim) for dim in part.dims))
+
+
 def describe(error: Any) -> str:
     """A parser error with the node it is about, where this TensorRT tells it."""
     node = error.node_name() if hasattr(error, "node_name") else f"node {error.node()}"
@@ -233,15 +255,28 @@ def main() -> int:
         metavar="X.Y",
         help=f"what TensorRT-RTX builds for ({' '.join(COMPUTE_CAPABILITIES)})",
     )
+    arguments.add_argument(
+        "--largest",
+        nargs="+",
+        type=size,
+        default=[],
+        metavar="DIM=SIZE",
+        help="largest sizes that the engine takes, for less GPU memory: batch=1 height=512",
+    )
     options = arguments.parse_args()
     folder = BuildFolder(options.build_dir, options.model)
     manifest = folder.manifest()
+    parts = [capped(part, dict(options.largest)) for part in folder.parts()]
     sources = {
         part.name: folder.require(
             folder.onnx(part.name, options.precision), "surgeon.py", "--precision", options.precision
         )
-        for part in folder.parts()
+        for part in parts
     }
+    unknown = set(dict(options.largest)) - {dim.name for part in parts for dim in part.dims}
+    if unknown:
+        known = sorted({dim.name for part in parts for dim in part.dims})
+        raise Unusable(f"--largest: no dim is called {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     tensorrt = find_tensorrt()
     target = (
         f"compute capability {', '.join(options.compute_capability)}" if tensorrt.builds_without_gpu else "this GPU"
@@ -250,7 +285,7 @@ def main() -> int:
     print(f"building with {tensorrt} for {target}, {'with' if library else 'without'} the plugin library")
     engines: Dict[str, Any] = {}
     timings = options.build_dir / f"{tensorrt.version}-{gpu_name()}.timings".replace(" ", "-")
-    for part in folder.parts():
+    for part in parts:
         started = time.perf_counter()
         engine = build(tensorrt, part, sources[part.name], options.precision, options.compute_capability, timings)
         path = folder.engine(part.name, options.precision)

@@ -138,6 +138,9 @@ class TorchExecutor:
             for tensor, value in zip(self.parts[part].outputs, values)
         }
 
+    def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
+        return self.parts[part].limits()
+
     def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
         tensors, measured = self.tensors(part, inputs), []
         with self.torch.inference_mode():
@@ -211,7 +214,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
             call()  # twice: the second call finds in other places what the first has made
             timed_ms[name] = timed(call)[1]
         for part in folder.parts():
-            for name, inputs in random_inputs(part):
+            for name, inputs in random_inputs(part, executor.limits(part.name)):
                 outputs = executor.run(part.name, inputs)
                 seen = [tensor.name for tensor in part.outputs if not tensor.internal] or [part.outputs[0].name]
                 sized[name] = {output: as_numpy(outputs[output]) for output in seen}
@@ -220,7 +223,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
     if isinstance(executor, TensorRTExecutor):
         for part in folder.parts():
             owners = manifest["patched"][precision][part.name]["owners"]
-            _, inputs = next(random_inputs(part))
+            _, inputs = next(random_inputs(part, executor.limits(part.name)))
             times = executor.layer_times(part.name, inputs, 4 * REPEATS)
             layer_ms.update({(part.name, *key): value for key, value in by_plugin(times, owners).items()})
     measurement = Measurement(parts, part_ms, results, total_ms, sized, timed_ms, layer_ms, environment)
@@ -241,10 +244,14 @@ def by_plugin(times: Mapping[str, float], owners: Mapping[str, str]) -> Dict[Tup
     return sums
 
 
-def random_inputs(part: Part) -> Iterator[Tuple[str, Dict[str, np.ndarray]]]:
-    """Name and inputs of a part at each of the sizes that it is timed at."""
+def random_inputs(
+    part: Part, limits: Mapping[str, Tuple[int, int]]
+) -> Iterator[Tuple[str, Dict[str, np.ndarray]]]:
+    """Name and inputs of a part at each of the sizes that it is timed at, as far as they lie within `limits`."""
     random = np.random.default_rng(0)
     for sizes in part.time_at:
+        if any(not low <= sizes[name] <= high for name, (low, high) in limits.items()):
+            continue
         listed = ", ".join(f"{name} {value}" for name, value in sizes.items() if name != "input_ids")
         values = random.random(1_000_003, dtype=np.float32)  # repeated: gigabytes of random numbers take their time
         yield (

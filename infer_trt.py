@@ -67,6 +67,9 @@ class OnnxRuntimeExecutor:
         names = [tensor.name for tensor in spec.outputs]
         return dict(zip(names, self.sessions[part].run(names, typed)))
 
+    def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
+        return self.parts[part].limits()
+
     def latencies(self, part: str, inputs: Mapping[str, np.ndarray], repeats: int) -> List[float]:
         measured = []
         for _ in range(1 + repeats):
@@ -211,7 +214,13 @@ class TensorRTExecutor:
         patched = manifest["patched"][precision]
         self.in_place = {name: patched[name]["in_place"] if here["plugins"] else {} for name in self.parts}
         self.scratch_bytes = max(1, *(self.tensorrt.scratch_bytes(engine) for engine in self.engines.values()))
-        self.scratch = cuda.mem_alloc(self.scratch_bytes)
+        try:
+            self.scratch = cuda.mem_alloc(self.scratch_bytes)
+        except cuda.MemoryError as problem:
+            raise Unusable(
+                f"the engines need {self.scratch_bytes / 1e9:.1f} GB of GPU memory for the largest inputs that they "
+                f"take: build them for smaller ones, for example `{folder.command(*step, '--largest', 'batch=1')}`"
+            ) from problem
         self.calls: OrderedDict[Any, Call] = OrderedDict()
         self.zeroed: Dict[Any, DeviceArray] = {}
         self.produced: Dict[Any, List[DeviceArray]] = {}
@@ -226,6 +235,17 @@ class TensorRTExecutor:
                 self.cuda.memcpy_dtoh_async(call.staged[name], call.arrays[name].memory, self.stream)
         self.stream.synchronize()
         return {name: call.staged[name].copy() if name in call.staged else call.arrays[name] for name in outputs}
+
+    def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
+        smallest, largest = (self.profile_sizes(part, 0, which) for which in (0, 2))
+        return {name: (smallest[name], largest[name]) for name in smallest}
+
+    def profile_sizes(self, part: str, profile: int, which: int) -> Dict[str, int]:
+        """The smallest (0), the tuned (1) or the largest (2) sizes of the dims in a profile of an engine."""
+        spec, engine = self.parts[part], self.engines[part]
+        return spec.sizes_of(
+            {tensor.name: engine.get_tensor_profile_shape(tensor.name, profile)[which] for tensor in spec.inputs}
+        )
 
     def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
         call = self.uploaded(part, inputs)
@@ -285,7 +305,9 @@ class TensorRTExecutor:
         spec = self.parts[part]
         context = self.tensorrt.context(self.engines[part], int(self.scratch), self.scratch_bytes)
         sizes = spec.sizes_of({name: value.shape for name, value in given.items()})
-        context.set_optimization_profile_async(nearest(spec.profiles(), sizes), self.stream.handle)
+        profiles = range(self.engines[part].num_optimization_profiles)
+        chosen = nearest([self.profile_sizes(part, profile, 1) for profile in profiles], sizes)
+        context.set_optimization_profile_async(chosen, self.stream.handle)
         arrays: Dict[str, DeviceArray] = {}
         staged: Dict[str, np.ndarray] = {}
         for tensor in spec.inputs:

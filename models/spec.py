@@ -82,6 +82,10 @@ class Part:
         count = max((len(dim.optima) for dim in self.dims), default=1)
         return [{dim.name: dim.optima[min(index, len(dim.optima) - 1)] for dim in self.dims} for index in range(count)]
 
+    def limits(self) -> Dict[str, Tuple[int, int]]:
+        """The smallest and the largest size of each dim."""
+        return {dim.name: (dim.minimum, dim.maximum) for dim in self.dims}
+
     def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> Dict[str, int]:
         """The sizes of the dims, read off the shapes of the inputs."""
         return {
@@ -137,6 +141,9 @@ class Executor(Protocol):
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
         """Runs `part` on inputs by name and returns its outputs by name."""
+
+    def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
+        """The smallest and the largest size of each dim of `part`."""
 
     def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
         """Latencies in ms of `repeats` runs of `part` alone, with inputs and outputs where it computes."""

@@ -368,6 +368,9 @@ def test_onnx_that_is_none(refused, copied):
 
 
 def test_options_that_do_not_fit(refused, built):
+    assert "no dim is called depth: choose from batch, length" in refused(
+        "build_engine.py", "trocr", "--largest", "depth=3", "--build-dir", built
+    )
     assert "unknown plugin 'relu'" in refused("surgeon.py", "trocr", "--without", "relu", "--build-dir", built)
     message = refused("compare.py", "trocr", "--images", built / "samples" / "trocr", "--build-dir", built)
     assert "--labels" in message

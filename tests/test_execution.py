@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from build_engine import capped
 from compare import by_plugin, error_statistics, kind_and_precision, labels_of, random_inputs
 from infer_trt import nearest
 from models.chain import BuildFolder
-from models.spec import Dim, Part, TensorSpec
+from models.spec import Dim, Part, TensorSpec, Unusable
 
 PART = Part(
     "step",
@@ -85,11 +86,23 @@ def test_layers_are_counted_for_the_plugin_whose_nodes_they_name():
 
 
 def test_random_inputs_have_the_sizes_and_integers_asked_for():
-    ((name, inputs),) = random_inputs(PART)
+    ((name, inputs),) = random_inputs(PART, PART.limits())
     assert name == "step, batch 2, length 8"
     assert inputs["input_ids"].tolist() == [[5], [5]]
     assert inputs["cache"].shape == (2, 4, 8)
     assert inputs["cache"].std() > 0.2
+
+
+def test_sizes_beyond_an_engine_are_not_timed():
+    assert list(random_inputs(PART, {**PART.limits(), "batch": (1, 1)})) == []
+
+
+def test_capped_part():
+    part = capped(PART, {"batch": 1, "length": 4096})
+    assert part.limits() == {"batch": (1, 1), "length": (8, 512)}
+    assert part.profiles() == [{"batch": 1, "length": 64}]
+    with pytest.raises(Unusable, match="length begins at 8"):
+        capped(PART, {"length": 4})
 
 
 def test_errors_keep_nan():

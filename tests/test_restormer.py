@@ -13,7 +13,7 @@ from models.restormer.network import Architecture, Restormer
 from models.spec import Unusable
 
 TINY = Architecture(dim=8, num_blocks=(1, 2, 1, 1), num_refinement_blocks=1, heads=(1, 2, 4, 8))
-COLOUR = {"in_channels": 3, "out_channels": 3, "dual_pixel": False, "sides": {"height": [64, 720], "width": [64, 1280]}}
+COLOUR = {"in_channels": 3, "out_channels": 3, "dual_pixel": False}
 GRAY = {**COLOUR, "in_channels": 1, "out_channels": 1}
 DUAL_PIXEL = {**COLOUR, "in_channels": 6, "dual_pixel": True}
 
@@ -113,8 +113,11 @@ def test_checkpoint_of_anything_else(tmp_path):
 class FakeNetwork:
     """An executor that computes `function` and records the shapes it was given."""
 
-    def __init__(self, function):
-        self.function, self.shapes = function, []
+    def __init__(self, function, largest=(720, 1280)):
+        self.function, self.shapes, self.largest = function, [], largest
+
+    def limits(self, part):
+        return dict(zip(("height", "width"), ((64, side) for side in self.largest)))
 
     def run(self, part, inputs):
         self.shapes.append(inputs["image"].shape)
@@ -132,6 +135,17 @@ def test_every_size_is_restored_in_tiles_that_the_engine_takes(shape):
         assert height % 8 == width % 8 == 0
         assert 64 <= height <= 720
         assert 64 <= width <= 1280
+
+
+@pytest.mark.parametrize("largest", [(64, 64), (100, 72), (128, 1280)])
+def test_small_engines_take_small_tiles(largest):
+    network = FakeNetwork(lambda image: image, largest)
+    pixels = np.random.default_rng(0).random((200, 310, 3), dtype=np.float32)
+    np.testing.assert_allclose(tiling.restore(network, COLOUR, pixels), pixels, atol=1e-6)
+    for *_, height, width in network.shapes:
+        assert height % 8 == width % 8 == 0
+        assert 64 <= height <= largest[0]
+        assert 64 <= width <= largest[1]
 
 
 def test_tiles_blend_without_a_seam():

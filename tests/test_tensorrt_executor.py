@@ -16,9 +16,10 @@ import onnxruntime
 import pytest
 
 import infer_trt
-from build_engine import TensorRT
+from build_engine import TensorRT, capped, profile_shapes
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
 from models.chain import BuildFolder
+from models.spec import Part
 from models.trocr.decoding import Generation
 from models.trocr.pipeline import recognise
 
@@ -91,7 +92,7 @@ class Context:
         return True
 
     def compute(self) -> None:
-        assert self.profile is not None
+        assert self.profile in range(self.engine.num_optimization_profiles)
         assert self.device_memory
         inputs = {name: self.at(name, shape).copy() for name, shape in self.shapes.items()}
         names = [output.name for output in self.engine.session.get_outputs()]
@@ -106,6 +107,8 @@ class Context:
 
 class Engine:
     device_memory_size = 64
+    num_optimization_profiles = 2
+    part: Part
 
     def __init__(self, model: bytes) -> None:
         self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -115,6 +118,10 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> type:
         return self.types[name]
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        tensor = next(tensor for tensor in self.part.inputs if tensor.name == name)
+        return profile_shapes(self.part, tensor, self.part.profiles()[profile])
 
     def create_execution_context_without_device_memory(self) -> Context:
         return Context(self)
@@ -195,7 +202,10 @@ def executor(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ca
         folder.write_manifest(manifest)
         for part in folder.parts():
             folder.engine(part.name, "fp16").write_bytes((built / "trocr" / f"{part.name}.fp16.onnx").read_bytes())
-        return TensorRTExecutor(folder, "fp16")
+        made = TensorRTExecutor(folder, "fp16")
+        for name, engine in made.engines.items():
+            engine.part = made.parts[name]
+        return made
 
     return make
 
@@ -249,6 +259,13 @@ def test_least_recently_used_calls_make_way(executor, monkeypatch):
         hidden = tested.run("encoder", {"pixel_values": np.zeros(image.sizes({"batch": rows}), np.float32)})
         assert hidden["encoder_hidden"].shape[0] == rows
     assert [key[-1][0] for key in tested.calls] == [3, 1]
+
+
+def test_limits_are_the_engines(executor):
+    tested = executor(True)
+    tested.engines["encoder"].part = capped(tested.parts["encoder"], {"batch": 4})
+    assert tested.limits("encoder") == {"batch": (1, 4)}
+    assert tested.limits("step")["batch"] == (1, 32)
 
 
 def test_latencies_are_as_many_as_asked_for(executor):

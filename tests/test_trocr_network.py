@@ -99,6 +99,9 @@ class TorchExecutor:
         named = zip(exportable.part.outputs, outputs, strict=True)
         return {tensor.name: value if tensor.internal else value.numpy() for tensor, value in named}
 
+    def limits(self, part: str) -> dict[str, tuple[int, int]]:
+        return self.parts[part].part.limits()
+
     def zeros(self, part: str, name: str, dims: dict[str, int]) -> torch.Tensor:
         (tensor,) = (tensor for tensor in self.parts[part].part.inputs if tensor.name == name)
         return torch.zeros(tensor.sizes(dims))

@@ -52,7 +52,6 @@ def load(weights: str) -> LoadedModel:
         "in_channels": network.architecture.in_channels,
         "out_channels": network.architecture.out_channels,
         "dual_pixel": network.architecture.dual_pixel,
-        "sides": {dim.name: [dim.minimum, dim.maximum] for dim in exportable.part.dims if dim.name != "batch"},
     }
 
     return LoadedModel(f"{origin}, {parameters} parameters", (exportable,), settings)

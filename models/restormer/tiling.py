@@ -32,7 +32,8 @@ def restore(executor: Executor, settings: Mapping[str, Any], pixels: np.ndarray)
     """
     planes = pixels.transpose(2, 0, 1)  # (C, H, W)
     channels, wanted = planes.shape[0], settings["in_channels"]
-    limits = settings["sides"]["height"], settings["sides"]["width"]
+    sizes = executor.limits("network")
+    limits = sizes["height"], sizes["width"]
 
     def network(image: np.ndarray) -> np.ndarray:
         return executor.run("network", {"image": np.ascontiguousarray(image)})["restored"]
@@ -74,14 +75,17 @@ def restore_tiled(network: Any, image: np.ndarray, limits: Sequence[Sequence[int
 
 
 def tiles(length: int, limit: int) -> list[tuple[slice, np.ndarray]]:
-    """Covers `length` pixels with equal tiles of at most `limit`, multiples of 8 that overlap by at least OVERLAP.
+    """Covers `length` pixels with equal tiles of at most `limit`, multiples of 8.  They overlap by at least OVERLAP, or
+    by half a tile where tiles are small.
 
     Each tile comes with its blending weights, which fall towards the sides it shares with a neighbour.
     """
     if length <= limit:
         return [(slice(0, length), np.ones(length, np.float32))]
-    count = -(-(length - OVERLAP) // (limit - OVERLAP))
-    size = -(-(length + (count - 1) * OVERLAP) // (count * MULTIPLE)) * MULTIPLE
+    limit -= limit % MULTIPLE
+    overlap = min(OVERLAP, limit // 2)
+    count = -(-(length - overlap) // (limit - overlap))
+    size = -(-(length + (count - 1) * overlap) // (count * MULTIPLE)) * MULTIPLE
     starts = [round(index * (length - size) / (count - 1)) for index in range(count)]
     made = []
     for index, start in enumerate(starts):

@@ -49,7 +49,7 @@ def run(
     """Recognises the text in each image; `folder` holds the tokenizer."""
     reader = tokenizer.saved(folder)
     generation = Generation.from_json(settings["generation"])
-    at_once = max(1, MAX_ROWS // generation.num_beams)
+    at_once = max(1, executor.limits("step")["batch"][1] // generation.num_beams)
     decoded: List[Decoded] = []
     for start in range(0, len(items), at_once):
         pixel_values = preprocess(items[start : start + at_once], settings["images"])
@@ -60,7 +60,7 @@ def run(
 def recognise(
     executor: Executor, settings: Mapping[str, Any], generation: Generation, pixel_values: np.ndarray
 ) -> List[Decoded]:
-    """Token ids of pre-processed images (B, 3, H, W), at most MAX_ROWS rows with their beams."""
+    """Token ids of pre-processed images (B, 3, H, W), at most as many as the parts take rows, beams counted."""
     capacity = cache_capacity(generation.max_length, settings["max_positions"])
     hidden = executor.run("encoder", {"pixel_values": pixel_values})["encoder_hidden"]
     return decode(executor, hidden, len(pixel_values), generation, settings["layers"], capacity)

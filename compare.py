@@ -244,9 +244,7 @@ def by_plugin(times: Mapping[str, float], owners: Mapping[str, str]) -> Dict[Tup
     return sums
 
 
-def random_inputs(
-    part: Part, limits: Mapping[str, Tuple[int, int]]
-) -> Iterator[Tuple[str, Dict[str, np.ndarray]]]:
+def random_inputs(part: Part, limits: Mapping[str, Tuple[int, int]]) -> Iterator[Tuple[str, Dict[str, np.ndarray]]]:
     """Name and inputs of a part at each of the sizes that it is timed at, as far as they lie within `limits`."""
     random = np.random.default_rng(0)
     for sizes in part.time_at:

@@ -157,10 +157,11 @@ def test_one_plugin_left_out(copied):
 
 def test_plugins_that_are_off_by_default_come_when_asked_for(copied):
     """They replace what smaller plugins would, each node once."""
-    asked = ("--with", "norm_pointwise_conv", "pointwise_conv_residual")
+    asked = ("--with", "norm_pointwise_conv", "pointwise_conv_residual", "transposed_attention_residual")
     output = succeeds("surgeon.py", "restormer", "--precision", "fp16", *asked, "--build-dir", copied)
     assert "26 norm_pointwise_conv" in output
-    assert "26 pointwise_conv_residual" in output
+    assert "13 pointwise_conv_residual" in output  # of 26: the others end attentions
+    assert "13 transposed_attention_residual" in output
     assert "channel_layer_norm" not in output
     image = np.random.default_rng(0).random((1, 3, 72, 80), dtype=np.float32)
     exported, patched = (

@@ -127,6 +127,7 @@ PRESENT = {f"present_{kind}": ("batch", 8, "length", 64) for kind in ("key", "va
 TOKEN = ("batch", 1, 512)
 TOKENS = ("batch", "length", 384)
 IMAGE_48 = ("batch", 48, "height", "width")
+IMAGE_96 = ("batch", 96, "height", "width")
 
 CASES = [
     Case(
@@ -141,7 +142,7 @@ CASES = [
         "transposed_attention",
         {"qkv": ("batch", 288, "height", "width")},
         {"temperature": [2, 1, 1]},
-        {"y": ("batch", 96, "height", "width")},
+        {"y": IMAGE_96},
         IMAGES,
     ),
     Case(
@@ -175,6 +176,14 @@ CASES = [
         {"y": IMAGE_48},
         IMAGES,
         order=("x", "weight", "bias", "residual"),
+    ),
+    Case(
+        "transposed_attention_residual",
+        {"qkv": ("batch", 288, "height", "width"), "residual": IMAGE_96},
+        {"temperature": [2, 1, 1], "weight": [96, 96, 1, 1], "bias": [96]},
+        {"y": IMAGE_96},
+        IMAGES,
+        order=("qkv", "temperature", "weight", "bias", "residual"),
     ),
     Case(
         "pixel_unshuffle",

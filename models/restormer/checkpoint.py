@@ -197,6 +197,7 @@ def exportable_part(network: Restormer) -> ExportablePart:
             "norm_pointwise_conv": 2 * blocks,
             "pointwise_conv_residual": 2 * blocks + architecture.dual_pixel,  # the skip around the whole network
             "transposed_attention": blocks,
+            "transposed_attention_residual": blocks,
             "depthwise_conv": blocks,
             "gated_depthwise_conv": blocks,
             "pixel_unshuffle": 3,

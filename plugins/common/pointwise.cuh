@@ -1,5 +1,5 @@
-// 1 × 1 convolutions of channel-last images, y = x · weightᵀ for every pixel: what norm_pointwise_conv and
-// pointwise_conv_residual share.
+// 1 × 1 convolutions of channel-last images, y = x · weightᵀ for every pixel: what norm_pointwise_conv,
+// pointwise_conv_residual and transposed_attention_residual share.
 //
 // On tensor cores a warp multiplies 16 pixels by a tile of 8 outputs, 16 channels at a time.  Both factors may number
 // their channels in any order, as long as it is the same one, and outputs may have any order at all.  Here the numbers

@@ -39,9 +39,13 @@ def adds_alike(node: gs.Node) -> bool:
     return isinstance(first, gs.Variable) and isinstance(second, gs.Variable) and first.shape == second.shape
 
 
+def convolved(x: Value, weight: Value, bias: Value) -> Value:
+    return Either(Op("Conv", x, weight, bias, where=is_used_once), Op("Conv", x, weight, where=is_used_once))
+
+
 x, residual = Value(rank=4), Value(rank=4)
 weight, bias = Constant(), Constant()
-conv = Either(Op("Conv", x, weight, bias, where=is_used_once), Op("Conv", x, weight, where=is_used_once))
+conv = convolved(x, weight, bias)
 PATTERN = Op("Add", conv, residual, where=adds_alike)
 
 

@@ -1,0 +1,241 @@
+// Attention between the channels of an image, the 1 × 1 convolution behind it and the residual connection.
+//
+// Floor: q, k, v and residual are read once and y written once.  The attention of all heads is a matrix that is the
+// same for all pixels of an image, and so is what the convolution makes of it:
+//
+//   folded = weight · attention,   y = residual + folded · v + bias
+//
+// What the heads make of v never goes to memory.  There are three kernels: gram and softmax, see
+// transposed_attention/gram.cuh, and the convolution on v, see pointwise_conv_residual/tensor_core.cuh.  Its blocks
+// keep their weights in shared memory for all of their pixels anyway.  Here each one makes them, on tensor cores,
+// instead of copying them: a slice of `folded` costs less than another kernel would.
+//
+// FP32, and heads that are not whole packs of 16 bytes, leave `folded` in memory and multiply on the ordinary units.
+#include "pointwise_conv_residual/tensor_core.cuh"
+#include "transposed_attention/gram.cuh"
+#include "transposed_attention/kernel.cuh"
+#include "transposed_attention_residual/kernel.cuh"
+
+namespace trt_graft {
+namespace {
+
+// ---- Tensor cores ---------------------------------------------------------------------------------------------------
+
+// Where softmax puts an element of a head's attention: transposed, since the columns are what `folded` sums over.
+template <int WIDTH>
+struct Columns {
+    using Element = __half;
+    static __device__ int place(int row, int column) { return column * WIDTH + row; }
+};
+
+// weight · attention, per image.
+//
+// A warp makes the fragments of a granule of two tiles: as the product of 16 outputs, the two tiles' columns, and 32
+// channels, four columns of eight.  These stand in such an order that the sums which the product leaves in a lane are
+// what this lane's fragments consist of.
+struct FoldedWeights {
+    static constexpr bool kPerImage = true;
+    static constexpr int kDepth = 3;  // times 16 rows of attention, whose loads are on their way at once
+    const __half* attention;          // (images, heads, column, row)
+    int head_channels, width;         // of the `width` columns and rows, those that exist
+
+    template <int TILES, int WARPS>
+    __device__ void make(uint4* fragments, const __half* __restrict__ weight, int first, int granules, int outputs,
+                         int channels) const {
+        static_assert(TILES % 2 == 0);
+        const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+        const __half* const heads = attention + int64_t{blockIdx.z} * (channels / head_channels) * width * width;
+#pragma unroll 1
+        for (int task = threadIdx.x / 32; task < granules * (TILES / 2); task += WARPS) {
+            const int tile = task % (TILES / 2) * 2, begin = task / (TILES / 2) * kGranule;
+            const int end = begin + kGranule < channels ? begin + kGranule : channels;
+            // The lane's column of either tile, see copy_fragments.
+            const int chunk = tile / kChunkTiles * kChunkTiles;
+            const int tiles = TILES - chunk < kChunkTiles ? TILES - chunk : kChunkTiles;  // of the chunk
+            const int upper = first + chunk * 8 + group / 2 * 2 * tiles + (tile - chunk) * 2 + group % 2;
+            const int lower = upper + 2;
+            float c[4][4] = {};
+#pragma unroll 1
+            for (int head = begin / head_channels; head * head_channels < end; ++head) {
+                const int origin = head * head_channels;
+                const int column = begin + group / 2 * 8 + group % 2 - origin;  // the lane's first one of the head
+#pragma unroll 1
+                for (int deep = 0; deep < head_channels; deep += kDepth * 16) {
+                    uint2 a[kDepth][2], b[kDepth][4];  // four rows of each column
+#pragma unroll
+                    for (int i = 0; i < kDepth; ++i) {
+                        const int row = deep + i * 16 + 4 * pair;
+                        const bool exists = row < head_channels;
+                        a[i][0] = load(weight, upper * channels + origin + row, exists && upper < outputs);
+                        a[i][1] = load(weight, lower * channels + origin + row, exists && lower < outputs);
+                        for (int n = 0; n < 4; ++n) {
+                            const int of_head = column + 2 * n;
+                            b[i][n] = load(heads, (head * width + of_head) * width + row,
+                                           exists && of_head >= 0 && of_head < head_channels);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < kDepth; ++i) {
+                        for (int n = 0; n < 4; ++n) {
+                            multiply_add(c[n], {a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y}, b[i][n].x, b[i][n].y);
+                        }
+                    }
+                }
+            }
+            uint4* const target = fragments + (begin / kGranule * TILES + tile) * 32 + lane;
+            for (int i = 0; i < 2; ++i) {
+                uint32_t words[4];
+                for (int n = 0; n < 4; ++n) words[n] = as_word(__floats2half2_rn(c[n][2 * i], c[n][2 * i + 1]));
+                target[i * 32] = {words[0], words[1], words[2], words[3]};
+            }
+        }
+    }
+
+  private:
+    static __device__ uint2 load(const __half* from, int offset, bool exists) {
+        return exists ? __ldg(reinterpret_cast<const uint2*>(from + offset)) : uint2{};
+    }
+};
+
+// ---- FP32 multiply-adds ---------------------------------------------------------------------------------------------
+
+constexpr int kFoldThreads = 256;
+
+template <int WIDTH>
+struct Rows {
+    using Element = float;
+    static __device__ int place(int row, int column) { return row * WIDTH + column; }
+};
+
+// folded (images, channels, channels), of `count` elements: each a thread's.
+template <typename T>
+__global__ void fold_kernel(const T* __restrict__ weight, const float* __restrict__ attention,
+                            float* __restrict__ folded, int64_t count, int heads, int head_channels, int width) {
+    const int64_t index = int64_t{blockIdx.x} * kFoldThreads + threadIdx.x;
+    if (index >= count) return;
+    const int channels = heads * head_channels;
+    const int column = static_cast<int>(index % channels), head = column / head_channels;
+    const int64_t output = index / channels % channels, image = index / channels / channels;
+    const T* row = weight + output * channels + head * head_channels;
+    attention += (image * heads + head) * width * width + column % head_channels;
+    float sum = 0;
+    for (int i = 0; i < head_channels; ++i) sum += to_float(row[i]) * attention[i * width];
+    folded[index] = sum;
+}
+
+// blockIdx.x is (image, share of its pixels, slice of the outputs).
+template <typename T, int ROWS>
+__global__ void __launch_bounds__(kSide* kSide, 2)
+    apply_kernel(const T* __restrict__ v, const float* __restrict__ folded, const T* __restrict__ bias,
+                 const T* __restrict__ residual, T* __restrict__ y, int64_t pixels, unsigned shares, int channels,
+                 int pitch_qkv, int pitch_y) {
+    const unsigned slices = (channels + kBlockOutputs - 1) / kBlockOutputs;
+    const int64_t image = blockIdx.x / slices / shares;
+    const int64_t first = int64_t{blockIdx.x / slices % shares} * (ROWS * kSide);
+    v += image * pixels * pitch_qkv;
+    const auto value = [&](int row, int channel) {
+        return to_float(v[(first + row < pixels ? first + row : pixels - 1) * pitch_qkv + channel]);
+    };
+    const auto store = [&](int row, int output, float (&sums)[4]) {
+        if (first + row >= pixels) return;
+        const int64_t origin = (image * pixels + first + row) * pitch_y;
+        for (int n = 0; n < 4; ++n) {
+            if (output + n < channels) sums[n] += to_float(bias[output + n]) + to_float(residual[origin + output + n]);
+        }
+        store_four(y + origin, output, channels, pitch_y, sums);
+    };
+    multiply_block<ROWS>(folded + image * channels * channels, blockIdx.x % slices * kBlockOutputs, channels, channels,
+                         value, store);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One call; images of `a` are those of v.
+template <typename T>
+struct Call {
+    Scores<T> scores;
+    PointwiseArguments a;
+    int64_t batch;
+
+    cudaError_t on_tensor_cores(const Gpu& gpu, cudaStream_t stream) const {
+        auto* const attention = reinterpret_cast<__half*>(scores.behind());
+        const int head_channels = scores.shape.channels;
+        dispatch_heads<T>(head_channels, [&](auto width, auto aligned) {
+            constexpr int kWidth = decltype(width)::value;
+            if constexpr (decltype(aligned)::value && std::is_same_v<T, __half>) {
+                scores.template launch<kWidth, true, Columns<kWidth>>(attention, stream);
+            }
+        });
+        cudaError_t error = cudaGetLastError();
+        if (error) return error;
+        launch_residual_kernel(a, batch, FoldedWeights{attention, head_channels, padded(head_channels)}, gpu, stream,
+                               error);
+        return error;
+    }
+
+    cudaError_t on_multiply_adds(cudaStream_t stream) const {
+        const HeadShape& shape = scores.shape;
+        const int64_t width = padded(shape.channels), count = batch * a.channels * a.channels;
+        float *const attention = scores.behind(), *const folded = attention + scores.all_heads * width * width;
+        dispatch_heads<T>(shape.channels, [&](auto constant, auto aligned) {
+            constexpr int kWidth = decltype(constant)::value;
+            scores.template launch<kWidth, decltype(aligned)::value, Rows<kWidth>>(attention, stream);
+        });
+        const int64_t fold_blocks = ceil_div(count, kFoldThreads);
+        if (fold_blocks > INT32_MAX) return cudaErrorInvalidValue;
+        fold_kernel<T><<<static_cast<unsigned>(fold_blocks), kFoldThreads, 0, stream>>>(
+            static_cast<const T*>(a.weight), attention, folded, count, shape.heads, shape.channels,
+            static_cast<int>(width));
+        const auto apply = [&](auto kernel, int rows) {
+            const int64_t shares = ceil_div(a.pixels, rows * kSide);
+            const int64_t blocks = batch * shares * ceil_div(a.channels, kBlockOutputs);
+            if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+            return launch_with_shared(
+                kernel, static_cast<unsigned>(blocks), kSide * kSide, 0, stream, static_cast<const T*>(a.x),
+                static_cast<const float*>(folded), static_cast<const T*>(a.bias), static_cast<const T*>(a.residual),
+                static_cast<T*>(a.y), a.pixels, static_cast<unsigned>(shares), a.channels, a.pitch_x, a.pitch_y);
+        };
+        return batch * a.pixels > kFewPixels ? apply(apply_kernel<T, 8>, 8) : apply(apply_kernel<T, 4>, 4);
+    }
+};
+
+}  // namespace
+
+int64_t transposed_attention_residual_workspace_bytes(int64_t batch, int64_t heads, int64_t head_channels,
+                                                      int64_t pixels) {
+    if (batch * heads * head_channels * pixels == 0) return 0;
+    const int64_t channels = heads * head_channels, folded = batch * channels * channels * sizeof(float);
+    return transposed_attention_workspace_bytes(batch, heads, head_channels, pixels) + folded;
+}
+
+cudaError_t launch_transposed_attention_residual(DataType type, const void* qkv, const void* temperature,
+                                                 const void* weight, const void* bias, const void* residual, void* y,
+                                                 void* workspace, int64_t batch, int64_t heads, int64_t head_channels,
+                                                 int64_t pixels, cudaStream_t stream) {
+    if (batch * heads * head_channels * pixels == 0) return cudaSuccess;
+    const int64_t channels = heads * head_channels;
+    if (head_channels > kMaxChannels || batch * heads > INT32_MAX / kMaxChannels || channels > kMaxWidth / 3) {
+        return cudaErrorInvalidValue;
+    }
+    const int64_t pitch_qkv = pitch(type, 3 * channels), pitch_y = pitch(type, channels);
+    const HeadShape shape{
+        static_cast<int>(heads), static_cast<int>(head_channels), channels, pixels, pitch_qkv, pitch_y};
+    cudaError_t error = cudaSuccess;
+    const cudaError_t launched = dispatch(type, [&](auto tag) {
+        using T = decltype(tag);
+        const Call<T> call = {
+            Scores<T>(qkv, temperature, workspace, shape, batch),
+            {static_cast<const T*>(qkv) + 2 * channels, weight, bias, residual, y, pixels, static_cast<int>(channels),
+             static_cast<int>(channels), static_cast<int>(pitch_qkv), static_cast<int>(pitch_y)},
+            batch};
+        Gpu gpu;
+        error = find_gpu(gpu);
+        if (error) return;
+        const bool whole_packs = std::is_same_v<T, __half> && head_channels % 8 == 0;
+        const bool tensor_cores = whole_packs && batch <= UINT16_MAX && fits_residual_kernel(channels, gpu);
+        error = tensor_cores ? call.on_tensor_cores(gpu, stream) : call.on_multiply_adds(stream);
+    });
+    return error ? error : launched;
+}
+
+}  // namespace trt_graft

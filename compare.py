@@ -2,9 +2,11 @@
 
     python compare.py restormer
     python compare.py trocr --precision fp16 --executors pytorch patched
-    python compare.py trocr --images lines/ --labels labels.tsv
+    python compare.py trocr --images lines/ --labels labels.tsv           a data set of one's own, see below
+    python compare.py trocr --images line.png --executors pytorch         the original model on one image
     python compare.py restormer --baseline build-plain --trt-python python3.9
-    python compare.py restormer --write-samples samples/     store the built-in samples as files, and stop
+    python compare.py restormer --write-samples samples/                  store the built-in samples as files, and stop
+    python compare.py restormer --find-drift                              search for nodes that FP16 ruins, and stop
 
 Each executor runs in a process of its own, on the same inputs:
 
@@ -18,39 +20,52 @@ Each executor runs in a process of its own, on the same inputs:
 Where a GPU is, PyTorch runs on it, in each precision, and parts and whole calls are also timed at several sizes.
 TensorRT may live in another interpreter: --trt-python, or the environment variable TRT_PYTHON.
 
-Leaves build/<model>/report.md, report.json and report.png.  Exit status 1 when a bar is missed or an executor fails.
+A data set is a folder of images and a labels file, whose lines are `image<TAB>truth` or {"image": file, "text": text}
+for TrOCR, {"image": file, "clean": file} for Restormer, with file names relative to the folder.  It passes through
+memory piece by piece and is timed in one pass; the built-in samples are timed in several.
+
+--find-drift runs the patched graphs tensor by tensor, see models/drift.py, and leaves build/<model>/drift.md, where the
+error of each tensor is, and keep-fp32.txt, which `surgeon.py --keep-fp32` takes.
+
+Leaves build/<model>/report.md, report.json and report.png, and the pictures that report.md shows in report/.  Exit
+status 1 when a bar is missed or an executor fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, FrozenSet, List, Optional, Tuple
 
 import numpy as np
+from tqdm import tqdm
 
 from build_engine import gpu_name
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
+from models import drift
 from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
-from models.spec import Bar, Executor, LoadedModel, Part, Sample, Unusable
+from models.report import LISTED, REFERENCE, number, show, write_report
+from models.spec import AnySample, Bar, Executor, LoadedModel, ModelSpec, Part, StoredSample, Unusable
 
 if TYPE_CHECKING:
+    import onnx
     import torch
 
-REFERENCE = "pytorch"
+    from surgeon import Grafted
+
 TORCH_KINDS = ("pytorch", "torch.compile")
 GPU_KINDS = (*TORCH_KINDS, "tensorrt")
 KINDS = (*TORCH_KINDS, "onnxruntime", "patched", "tensorrt")
@@ -61,8 +76,12 @@ STATISTICS: Dict[str, Callable[[np.ndarray], Any]] = {
     "median": np.median,
     "p99": lambda errors: np.percentile(errors, 99),
 }
-REPEATS = 5  # timed runs of a part and of the whole
+REPEATS = 5  # timed runs of a part, and of the built-in samples
 WARM_UPS = 3
+PART_ERROR = "part max abs"  # the metric of a bar on all parts
+MOST_TRIALS = 50  # runs of the whole model to make a set of nodes smaller
+PICTURES = "report"  # folder beside report.md
+DONE = "samples done:"  # how a worker's lines on progress begin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,13 +90,20 @@ WARM_UPS = 3
 
 
 @dataclass
+class Task:
+    """What all workers are to do: each sample's result is kept, and `passes` over all of them are timed."""
+
+    samples: Sequence[AnySample]
+    passes: int
+
+
+@dataclass
 class Measurement:
-    """What a worker hands back.
+    """What a worker hands back, beside the end results.
 
     parts       part → output → array, on the part inputs that the reference recorded
     part_ms     part → latencies in ms, transfers included
-    results     the end results, one per sample
-    total_ms    latencies in ms of the whole batch of samples, from loaded image to result
+    total_ms    latencies in ms of all samples together, from loaded image to result; one for each pass
     sized       a part at some size → output → array, on random inputs: what users see, else the part's first output
     timed_ms    what was timed beside the samples (a part at some size, a whole call) → latencies in ms
     layer_ms    (part, plugin, module of the network) → time in ms of the layers of an engine that do this plugin's work
@@ -86,7 +112,6 @@ class Measurement:
 
     parts: Dict[str, Dict[str, np.ndarray]]
     part_ms: Dict[str, List[float]]
-    results: List[Any]
     total_ms: List[float]
     sized: Dict[str, Dict[str, np.ndarray]]
     timed_ms: Dict[str, List[float]]
@@ -165,11 +190,11 @@ class TorchExecutor:
 
 
 def work(folder: BuildFolder, label: str, shared: Path) -> None:
-    """Runs one executor on the shared inputs and leaves its Measurement in `shared`."""
+    """Runs one executor on the shared inputs and leaves its results and its Measurement in `shared`."""
     kind, precision = kind_and_precision(label)
     spec, manifest = folder.spec, folder.manifest()
     settings = manifest["settings"]
-    items = pickle.loads((shared / "items.pickle").read_bytes())
+    task: Task = pickle.loads((shared / "task.pickle").read_bytes())
     environment = {"Python": platform.python_version(), "numpy": np.__version__}
     executor: Executor
     whole: Mapping[str, Callable[[], Any]]
@@ -183,7 +208,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         executor = torch_executor
         if label == REFERENCE:
             torch_executor.recording = True
-            spec.run(executor, settings, folder.path, items[: spec.batch_size])
+            spec.run(executor, settings, folder.path, [sample.item for sample in task.samples[: spec.batch_size]])
             torch_executor.recording = False
             (shared / "part_inputs.pickle").write_bytes(pickle.dumps(torch_executor.recorded, protocol=4))
         if kind == "pytorch":
@@ -206,7 +231,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         part = next(part for part in folder.parts() if part.name == name)
         outputs, part_ms[name] = timed(partial(executor.run, name, inputs))
         parts[name] = {tensor.name: as_numpy(outputs[tensor.name]) for tensor in part.outputs}
-    results, total_ms = timed(partial(in_batches, run_batch, items, spec.batch_size))
+    total_ms = run_samples(run_batch, task, spec.batch_size, results_path(shared, label))
     sized: Dict[str, Dict[str, np.ndarray]] = {}
     timed_ms: Dict[str, List[float]] = {}
     if gpu_name() is not None and kind in GPU_KINDS:
@@ -226,7 +251,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
             _, inputs = next(random_inputs(part, executor.limits(part.name)))
             times = executor.layer_times(part.name, inputs, 4 * REPEATS)
             layer_ms.update({(part.name, *key): value for key, value in by_plugin(times, owners).items()})
-    measurement = Measurement(parts, part_ms, results, total_ms, sized, timed_ms, layer_ms, environment)
+    measurement = Measurement(parts, part_ms, total_ms, sized, timed_ms, layer_ms, environment)
     (shared / f"{label}.pickle").write_bytes(pickle.dumps(measurement, protocol=4))
 
 
@@ -263,8 +288,37 @@ def random_inputs(part: Part, limits: Mapping[str, Tuple[int, int]]) -> Iterator
         )
 
 
-def in_batches(run: Callable[[Sequence[Any]], List[Any]], items: Sequence[Any], size: int) -> List[Any]:
-    return [result for start in range(0, len(items), size) for result in run(items[start : start + size])]
+def run_samples(run: Callable[[Sequence[Any]], List[Any]], task: Task, size: int, results: Path) -> List[float]:
+    """Runs all samples in batches of `size` and leaves their results in the file `results`.
+
+    Returns the time in ms of each pass; reading and writing files do not count, nor does a first batch to warm up.
+    """
+    run([sample.item for sample in task.samples[:size]])
+    total_ms = []
+    for turn in range(task.passes):
+        ms = 0.0
+        with results.open("ab") as stored:
+            for start in range(0, len(task.samples), size):
+                items = [sample.item for sample in task.samples[start : start + size]]
+                started = time.perf_counter()
+                batch = run(items)
+                ms += (time.perf_counter() - started) * 1e3
+                if turn == 0:
+                    pickle.dump(batch, stored, protocol=4)
+                print(DONE, len(items), flush=True)
+        total_ms.append(ms)
+    return total_ms
+
+
+def results_path(shared: Path, label: str) -> Path:
+    return shared / f"{label}.results"
+
+
+def results_of(shared: Path, label: str) -> Iterator[Any]:
+    """The results that a worker has left, one after the other."""
+    with results_path(shared, label).open("rb") as stored:
+        while stored.peek(1):
+            yield from pickle.load(stored)
 
 
 def timed(call: Callable[[], Any]) -> Tuple[Any, List[float]]:
@@ -315,9 +369,15 @@ def latency(values: Sequence[float], items: int = 1) -> Dict[str, float]:
 
 
 def evaluate(
-    folder: BuildFolder, label: str, measured: Measurement, reference: Measurement, samples: Sequence[Sample]
+    folder: BuildFolder,
+    label: str,
+    measured: Measurement,
+    reference: Measurement,
+    samples: Sequence[AnySample],
+    scores: Sequence[Mapping[str, float]],
+    shared: Path,
 ) -> Dict[str, Any]:
-    """One executor's row of the report."""
+    """One executor's row of the report; `scores` are its results' numbers against the truth, or none."""
     spec = folder.spec
     errors = {
         name: error_statistics(*(concatenated(run.parts[part], outputs) for run in (reference, measured)))
@@ -335,17 +395,91 @@ def evaluate(
         "ms_per_item": latency(measured.total_ms, len(samples)),
         "timed_ms": {name: latency(values) for name, values in measured.timed_ms.items()},
         "layer_ms": [[*key, value] for key, value in measured.layer_ms.items()],
-        "score": spec.score(measured.results, [sample.truth for sample in samples]),
+        "score": spec.score.total(scores) if scores else {},
+        "difference": {},
+        "differences": [],
         "bars": [],
     }
     if label == REFERENCE:
         return row
-    row["difference"] = spec.difference(reference.results, measured.results)
-    metrics = {"part max abs": float(np.max([group["abs max"] for group in errors.values()])), **row["difference"]}
+    row["difference"], row["differences"] = compared(spec, samples, shared, label)
+    metrics = {PART_ERROR: float(np.max([group["abs max"] for group in errors.values()])), **row["difference"]}
     kind, precision = kind_and_precision(label)
     judged = not (kind in TORCH_KINDS and precision == "fp16") and not label.endswith(BASELINE)  # not our work
     row["bars"] = [judge(bar, metrics[bar.metric]) for bar in spec.bars[precision]] if judged else []
     return row
+
+
+def scores_of(spec: ModelSpec, samples: Sequence[AnySample], results: Iterable[Any]) -> List[Dict[str, float]]:
+    """Each result's numbers against the truth; none where nobody knows the truth."""
+    if samples[0].truth is None:
+        return []
+    pairs = progress(zip(samples, results), len(samples), "scoring")
+    return [spec.score.one(result, sample.truth) for sample, result in pairs]
+
+
+def compared(
+    spec: ModelSpec, samples: Sequence[AnySample], shared: Path, label: str
+) -> Tuple[Dict[str, float], List[Dict[str, Any]]]:
+    """The difference of all results from the reference's, and those that users would notice one by one."""
+    numbers, noticed = [], []
+    triples = zip(samples, results_of(shared, REFERENCE), results_of(shared, label))
+    for sample, expected, result in progress(triples, len(samples), "comparing"):
+        numbers.append(spec.difference.one(expected, result))
+        metrics = spec.difference.total(numbers[-1:])
+        if metrics.pop("differing outputs"):
+            texts = {"reference": spec.describe(expected), "result": spec.describe(result)}
+            noticed.append({"sample": sample.name, **texts, **metrics})
+    return spec.difference.total(numbers), noticed
+
+
+def progress(values: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    """The values, with a progress bar where a terminal shows it."""
+    return tqdm(values, what, total, unit="image", disable=None, leave=False)
+
+
+def input_score(spec: ModelSpec, samples: Sequence[AnySample]) -> Dict[str, float]:
+    """The score of the inputs as they are; none where the model makes something else of them, or without truth."""
+    untouched = spec.untouched
+    if untouched is None or samples[0].truth is None:
+        return {}
+    return spec.score.total(scores_of(spec, samples, (untouched(sample.item) for sample in samples)))
+
+
+def worst_first(spec: ModelSpec, scores: Sequence[Mapping[str, float]]) -> List[int]:
+    """The indices of the samples by their scores; NaN is worst."""
+    badness = [spec.badness(spec.score.total([one])) for one in scores]
+    return sorted(range(len(scores)), key=lambda index: (not np.isnan(badness[index]), -badness[index]))
+
+
+def side_by_side(
+    folder: BuildFolder, samples: Sequence[AnySample], scores: Sequence[Mapping[str, float]]
+) -> Dict[int, Dict[str, Any]]:
+    """By their indices, the samples that report.md shows: the worst by the reference's `scores`, or else the first."""
+    spec = folder.spec
+    shutil.rmtree(folder.path / PICTURES, ignore_errors=True)
+    chosen = worst_first(spec, scores) if scores else list(range(len(samples)))
+    shown = {}
+    for index in chosen[:LISTED]:
+        sample = samples[index]
+        cells = {}
+        if spec.untouched:
+            cells["input"] = cell(folder, index, "input", spec.untouched(sample.item))
+        if scores:
+            cells["truth"] = cell(folder, index, "truth", sample.truth)
+        score = spec.score.total([scores[index]]) if scores else {}
+        shown[index] = {"name": sample.name, "score": score, "cells": cells}
+    return shown
+
+
+def cell(folder: BuildFolder, index: int, column: str, value: Any) -> Any:
+    """What report.md shows of a truth or result: {"picture": file beside report.md}, or the line that describes it."""
+    spec = folder.spec
+    if spec.picture is None:
+        return spec.describe(value)
+    name = f"{PICTURES}/{index + 1}-{column.replace(' ', '-')}.png"
+    spec.picture(value, folder.path / name)
+    return {"picture": name}
 
 
 def output_groups(parts: Sequence[Part]) -> Dict[str, Tuple[str, List[str]]]:
@@ -370,22 +504,30 @@ def judge(bar: Bar, value: float) -> Dict[str, Any]:
     return {"metric": bar.metric, "limit": bar.limit, "at_least": bar.at_least, "value": value, "met": bar.met(value)}
 
 
-def run_worker(folder: BuildFolder, label: str, shared: Path, python: str) -> Optional[str]:
-    """Runs `label` in a process of its own; returns why it failed, or None."""
+def run_worker(folder: BuildFolder, label: str, shared: Path, python: str, count: int) -> Optional[str]:
+    """Runs `label` in a process of its own, which will report on `count` images; returns why it failed, or None."""
     command = [python, __file__, folder.spec.name, "--build-dir", str(folder.path.parent)]
     # packages of this interpreter are none of another's
     environment = {**os.environ, "PYTHONPATH": ""} if python != sys.executable else None
-    done = subprocess.run(
-        [*command, "--worker", label, str(shared)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode == 0:
-        return None
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"ended with status {done.returncode}"
+    with (shared / "errors").open("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            [*command, "--worker", label, str(shared)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+        )
+        with process, tqdm(total=count, desc=label, unit="image", disable=None, leave=False) as shown:
+            assert process.stdout is not None
+            for line in process.stdout:  # what libraries print passes unseen
+                if line.startswith(DONE):
+                    shown.update(int(line[len(DONE) :]))
+        if process.returncode == 0:
+            return None
+        errors.seek(0)
+        lines = [line for line in errors.read().splitlines() if line.strip()]
+    return lines[-1] if lines else f"ended with status {process.returncode}"
 
 
 def labels_of(
@@ -417,37 +559,55 @@ def kind_and_precision(label: str) -> Tuple[str, str]:
 
 
 def compare(
-    folder: BuildFolder, baseline: Optional[BuildFolder], labels: Sequence[str], samples: Sequence[Sample], trt: str
+    folder: BuildFolder,
+    baseline: Optional[BuildFolder],
+    labels: Sequence[str],
+    samples: Sequence[AnySample],
+    data: str,
+    trt: str,
 ) -> Dict[str, Any]:
-    """Runs every executor, those of TensorRT with the interpreter `trt`, and returns the report."""
-    manifest = folder.manifest()
+    """Runs every executor, those of TensorRT with the interpreter `trt`, and returns the report; `data` says in it
+    where the samples come from."""
+    spec, manifest = folder.spec, folder.manifest()
     rows: Dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
+    task = Task(samples, passes=1 if isinstance(samples[0], StoredSample) else REPEATS)
+    with tempfile.TemporaryDirectory(dir=folder.path) as name:  # results of a data set may not fit into /tmp
         shared = Path(name)
-        (shared / "items.pickle").write_bytes(pickle.dumps([sample.item for sample in samples], protocol=4))
+        (shared / "task.pickle").write_bytes(pickle.dumps(task, protocol=4))
         reference: Optional[Measurement] = None
         for label in labels:
             print(f"running {label} …", flush=True)
             source = baseline if baseline and label.endswith(BASELINE) else folder
             python = trt if kind_and_precision(label)[0] == "tensorrt" else sys.executable
-            problem = run_worker(source, label, shared, python)
+            problem = run_worker(source, label, shared, python, len(samples) * task.passes)
             if problem is not None and label == REFERENCE:
                 raise Unusable(f"the reference does not run: {problem}")
             if problem is not None:
                 rows[label] = {"failed": problem}
                 continue
             measured = pickle.loads((shared / f"{label}.pickle").read_bytes())
-            reference = reference or measured
-            rows[label] = evaluate(folder, label, measured, reference, samples)
+            scores = scores_of(spec, samples, results_of(shared, label))
+            if reference is None:
+                reference = measured
+                shown = side_by_side(folder, samples, scores)
+            rows[label] = evaluate(folder, label, measured, reference, samples, scores, shared)
+            for index, result in enumerate(results_of(shared, label)):
+                if index in shown:
+                    shown[index]["cells"][label] = cell(folder, index, label, result)
+            if label != REFERENCE:
+                results_path(shared, label).unlink()
     return {
-        "model": folder.spec.name,
+        "model": spec.name,
         "weights": manifest["weights"],
         "samples": len(samples),
+        "data": data,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "patched": manifest.get("patched", {}),
         "engines": manifest.get("engines", {}),
+        "input": input_score(spec, samples),
         "executors": rows,
+        "side_by_side": list(shown.values()),
         "passed": all("failed" not in row and all(bar["met"] for bar in row["bars"]) for row in rows.values()),
     }
 
@@ -470,196 +630,128 @@ def machine() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Report
+# What FP16 loses
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def markdown(report: Mapping[str, Any], title: str) -> str:
-    """The report as Markdown."""
-    rows = {label: row for label, row in report["executors"].items() if "failed" not in row}
-    failed = {label: row["failed"] for label, row in report["executors"].items() if "failed" in row}
-    lines = [f"# {title}: comparison with PyTorch", ""]
-    lines += [f"- Weights: {report['weights']}", f"- Samples: {report['samples']}", f"- Machine: {report['machine']}"]
-    versions = sorted({f"{name} {version}" for row in rows.values() for name, version in row["environment"].items()})
-    lines += [f"- Versions: {', '.join(versions)}", f"- Date: {report['date']}", ""]
-    header, *summary_rows = summary(report)
-    lines += table(header, summary_rows)
+class Fp16Trials:
+    """FP16 graphs with some nodes kept in FP32, measured on the CPU against the same graphs in FP32.
 
-    lines += ["## Bars", ""]
-    bars = [
-        [
-            label,
-            bar["metric"],
-            number(bar["value"]),
-            f"{'≥' if bar['at_least'] else '≤'} {number(bar['limit'])}",
-            "met" if bar["met"] else "**missed**",
+    scratch     a folder for graphs to run
+    candidates  the nodes that compute in FP16 unless they are kept in FP32
+    """
+
+    def __init__(self, folder: BuildFolder, samples: Sequence[AnySample], scratch: Path) -> None:
+        import surgeon
+
+        self.folder, self.surgeon = folder, surgeon
+        self.bars = folder.spec.bars["fp16"]
+        self.items = [sample.item for sample in samples] if any(bar.metric != PART_ERROR for bar in self.bars) else []
+        for part in folder.parts():
+            folder.require(folder.onnx(part.name, "fp16"), "surgeon.py", "--precision", "fp16")
+        manifest = folder.manifest()
+        self.grafted = [
+            surgeon.grafted(folder, part, manifest["patched"]["fp16"][part.name]["without"]) for part in folder.parts()
         ]
-        for label, row in rows.items()
-        for bar in row["bars"]
-    ]
-    lines += table(["executor", "metric", "value", "bar", ""], bars)
-    lines += [f"- {label} failed: {problem}" for label, problem in failed.items()] + ([""] if failed else [])
+        self.candidates = [name for one in self.grafted for name in drift.half_nodes(self.model(one, "fp16").graph)]
+        self.scratch = BuildFolder(scratch, folder.spec.name)
+        self.scratch.write_manifest(manifest)
+        self.exact = [self.model(one, "fp32") for one in self.grafted]
+        self.expected = self.run(self.exact)
+        self.known: Dict[FrozenSet[str], List[Dict[str, Any]]] = {}  # nodes in FP32 → bars
 
-    lines += ["## Result", "", "Scores against the truth, differences against PyTorch, over all samples.", ""]
-    metrics = list(dict.fromkeys(key for row in rows.values() for key in (*row["score"], *row.get("difference", {}))))
-    lines += table(
-        ["executor", *metrics],
-        [
-            [label, *(number({**row["score"], **row.get("difference", {})}.get(metric)) for metric in metrics)]
-            for label, row in rows.items()
-        ],
-    )
-    lines += ["## Error of each part", ""]
-    lines += ["Each part gets the inputs that it had in a call late in the PyTorch run; where a size is named, random"]
-    lines += ["ones.  Relative errors are to the reference's magnitude, but to no less than 0.1 % of its largest.", ""]
-    statistics = [f"{kind} {name}" for kind in ("abs", "rel") for name in STATISTICS]
-    lines += table(
-        ["output", "executor", *statistics],
-        [
-            [group, label, *(number(row["errors"][group][name]) for name in statistics)]
-            for group in rows[REFERENCE]["errors"]
-            for label, row in rows.items()
-            if label != REFERENCE and group in row["errors"]
-        ],
-    )
-    lines += ["## Latency", "", "Median (20th to 80th percentile) in ms, transfers included.  Whole: per sample.", ""]
-    names = list(next(iter(rows.values()))["part_ms"])
-    lines += table(
-        ["executor", "whole", *names],
-        [
-            [label, spread(row["ms_per_item"]), *(spread(row["part_ms"][name]) for name in names)]
-            for label, row in rows.items()
-        ],
-    )
-    timed_rows = {label: row["timed_ms"] for label, row in rows.items() if row["timed_ms"]}
-    if timed_rows:
-        lines += ["## Latency by size", ""]
-        lines += [
-            "Median (20th to 80th percentile) in ms on the GPU.  Whole calls include transfers, parts do not.",
-            "",
+    def model(self, grafted: Grafted, precision: str, keep: Collection[str] = ()) -> onnx.ModelProto:
+        return self.surgeon.finish(grafted.typed(precision, keep), grafted.counts)
+
+    def run(self, models: Sequence[onnx.ModelProto]) -> Tuple[List[np.ndarray], List[Any]]:
+        """The outputs of all parts on their check inputs, and the samples' results; `models` take and give FP32."""
+        parts, spec, settings = self.folder.parts(), self.folder.spec, self.folder.manifest()["settings"]
+        for part, model in zip(parts, models):
+            self.scratch.onnx(part.name, "fp32").write_bytes(model.SerializeToString())
+        executor = OnnxRuntimeExecutor(self.scratch, "fp32")
+        outputs = [
+            output
+            for part in parts
+            for inputs in self.folder.check_inputs(part)
+            for output in executor.run(part.name, inputs).values()
         ]
-        lines += table(
-            ["", *timed_rows],
-            [
-                [name, *(spread(row[name]) if name in row else "" for row in timed_rows.values())]
-                for name in dict.fromkeys(name for row in timed_rows.values() for name in row)
-            ],
-        )
-    lines += layer_table(rows)
-    lines += ["![Latency and error](report.png)", ""]
-    return "\n".join(lines)
+        batches = [self.items[start : start + spec.batch_size] for start in range(0, len(self.items), spec.batch_size)]
+        results = [result for items in batches for result in spec.run(executor, settings, self.folder.path, items)]
+        return outputs, results
+
+    def judged(self, keep: Collection[str]) -> List[Dict[str, Any]]:
+        """The bars of FP16 with these nodes in FP32."""
+        key = frozenset(keep)
+        if key not in self.known:
+            outputs, results = self.run([drift.rounded(self.model(one, "fp16", keep)) for one in self.grafted])
+            errors = [np.abs(output - expected).max() for output, expected in zip(outputs, self.expected[0])]
+            metrics = {PART_ERROR: float(np.max(errors))}
+            if results:
+                metrics.update(self.folder.spec.difference(self.expected[1], results))
+            self.known[key] = [judge(bar, metrics[bar.metric]) for bar in self.bars]
+            print(f"  {len(keep)} nodes in FP32: {described(self.known[key])}", flush=True)
+        return self.known[key]
+
+    def meets(self, keep: Collection[str]) -> bool:
+        return all(bar["met"] for bar in self.judged(keep))
+
+    def errors(self, keep: Collection[str]) -> List[drift.TensorError]:
+        """The errors of all tensors on the check inputs, with these nodes in FP32."""
+        return [
+            error
+            for one, exact in zip(self.grafted, self.exact)
+            for error in drift.tensor_errors(
+                one.part.name, exact, self.model(one, "fp16", keep), self.folder.check_inputs(one.part)
+            )
+        ]
 
 
-def layer_table(rows: Mapping[str, Mapping[str, Any]]) -> List[str]:
-    """What each plugin costs beside the layers that it replaces."""
-    by_label = {
-        label: {tuple(key): ms for *key, ms in row["layer_ms"]} for label, row in rows.items() if row["layer_ms"]
-    }
-    if not by_label:
-        return []
-    keys = sorted({key for times in by_label.values() for key in times})
-    lines = ["## Layer times", ""]
-    lines += ["Medians in ms of the layers that do a plugin's work, reformats for them included, at the size that is"]
-    lines += ["timed first.  Layers are timed one by one, so that their sum exceeds the latency.", ""]
-    return lines + table(
-        ["part", "plugin", "module", *by_label],
-        [[*key, *(number(times.get(key)) for times in by_label.values())] for key in keys],
+def described(bars: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(
+        f"{bar['metric']} {number(bar['value'])} ({'met' if bar['met'] else 'missed'}:"
+        f" {'≥' if bar['at_least'] else '≤'} {number(bar['limit'])})"
+        for bar in bars
     )
 
 
-def summary(report: Mapping[str, Any]) -> List[List[str]]:
-    """A header and a row for each executor: speed, scores, largest error, verdict."""
-    rows = report["executors"]
-    scores = list(rows[REFERENCE]["score"])
-    lines = [["executor", "ms per sample", *scores, "largest error", "bars"]]
-    for label, row in rows.items():
-        if "failed" in row:
-            lines.append([label, "", *("" for _ in scores), "", "failed"])
-            continue
-        values = [number(row["ms_per_item"]["median"]), *(number(row["score"][name]) for name in scores)]
-        if label == REFERENCE:
-            lines.append([label, *values, "", "reference"])
-        else:
-            error = number(max(group["abs max"] for group in row["errors"].values()))
-            lines.append([label, *values, error, "met" if all(bar["met"] for bar in row["bars"]) else "missed"])
-    return lines
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    return [*lines, ""]
-
-
-def number(value: Optional[float]) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def spread(values: Mapping[str, float]) -> str:
-    return f"{values['median']:.4g} ({values['p20']:.4g}–{values['p80']:.4g})"
-
-
-def plot(report: Mapping[str, Any], parts: Sequence[Part], path: Path) -> None:
-    """Latency per sample and the largest errors, as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = {label: row for label, row in report["executors"].items() if "failed" not in row}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(rows) + 2), layout="constrained")
-    left.barh(list(rows), [row["ms_per_item"]["median"] for row in rows.values()], color="#4c72b0")
-    left.bar_label(left.containers[0], fmt="%.4g", padding=3)
-    left.set(title="Latency per sample", xlabel="ms")
-    left.margins(x=0.25)
-    left.invert_yaxis()
-    compared = [label for label in rows if label != REFERENCE]
-    groups = list(output_groups(parts))
-    height = 0.8 / len(groups)
-    for index, group in enumerate(groups):
-        positions = np.arange(len(compared)) + (index - (len(groups) - 1) / 2) * height
-        # an error of zero has no place on a logarithmic axis
-        errors = [max(rows[label]["errors"][group]["abs max"], 1e-9) for label in compared]
-        right.barh(positions, errors, height, label=group)
-    right.set(title="Largest absolute error against PyTorch", xscale="log", yticks=range(len(compared)))
-    right.set_yticklabels(compared)
-    right.invert_yaxis()
-    figure.legend(loc="outside lower center", ncols=len(groups))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def show(report: Mapping[str, Any], title: str) -> None:
-    """Prints the summary as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    header, *rows = summary(report)
-    shown = Table(title=f"{title}: {report['weights']}")
-    for name in header:
-        shown.add_column(name, justify="left" if name == "executor" else "right")
-    colours = {"met": "green", "missed": "red", "failed": "red", "reference": "default"}
-    for *cells, verdict in rows:
-        shown.add_row(*cells, f"[{colours[verdict]}]{verdict}[/]")
-    Console().print(shown)
-
-
-def write_report(folder: BuildFolder, report: Mapping[str, Any]) -> Path:
-    with replacing(folder.path / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with replacing(folder.path / "report.png") as temporary:
-        plot(report, folder.parts(), temporary)
-    path = folder.path / "report.md"
-    with replacing(path) as temporary:
-        temporary.write_text(markdown(report, folder.spec.title), encoding="utf-8")
-    return path
+def find_drift(folder: BuildFolder, samples: Sequence[AnySample]) -> int:
+    """Prints where FP16 loses precision and which nodes should stay in FP32; leaves drift.md and keep-fp32.txt."""
+    with tempfile.TemporaryDirectory(dir=folder.path) as name:
+        trials = Fp16Trials(folder, samples, Path(name))
+        measured = trials.errors(())
+        table, target = folder.path / "drift.md", folder.path / "keep-fp32.txt"
+        with replacing(table) as temporary:
+            temporary.write_text(drift.markdown(measured, folder.spec.title), encoding="utf-8")
+        jumps = [one for one in measured if one.jumps]
+        print(f"{table}: the error jumps at {len(jumps)} of {len(measured)} tensors{', first at' if jumps else ''}")
+        for one in jumps[:LISTED]:
+            print(f"  {one.part}: {one.node.op} {one.node.name}: {number(one.before)} → {number(one.error)}")
+        print("searching for nodes to keep in FP32")
+        found = drift.grow(trials.errors, trials.meets, trials.candidates)
+        if found is None:
+            print("there is no such set: FP32 misses the bars, too")
+            return 1
+        keep, complete = drift.shrink(found, trials.meets, MOST_TRIALS)
+        bars = {len(nodes): described(trials.judged(nodes)) for nodes in ([], keep)}
+    command = folder.command("surgeon.py", "--precision", "fp16", "--keep-fp32", str(target))
+    lines = [f"# Nodes that stay in FP32 when `{command}` makes the FP16 graphs."]
+    lines += [f"# With {count} nodes in FP32: {metrics}" for count, metrics in bars.items()]
+    if not complete:
+        lines.append(f"# The search ended after {MOST_TRIALS} trials: fewer nodes may do.")
+    with replacing(target) as temporary:
+        temporary.write_text("\n".join([*lines, *keep]) + "\n", encoding="utf-8")
+    print(f"{target}: {len(keep)} of {len(trials.candidates)} nodes must stay in FP32")
+    for node in keep:
+        print(f"  {node}")
+    return 0
 
 
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="(fp32 fp16)")
     arguments.add_argument("--executors", nargs="+", choices=KINDS, help="default: all that can run here")
-    arguments.add_argument("--images", type=Path, metavar="FOLDER", help="own data instead of the built-in samples")
-    arguments.add_argument("--labels", type=Path, metavar="FILE", help="the truth for --images: tab-separated pairs")
+    arguments.add_argument("--images", type=Path, metavar="PATH", help="own data, or one image, instead of the samples")
+    arguments.add_argument("--labels", type=Path, metavar="FILE", help="the truth for --images, a line for each image")
     arguments.add_argument("--baseline", type=Path, metavar="FOLDER", help="the --build-dir of engines without plugins")
     arguments.add_argument(
         "--trt-python",
@@ -668,6 +760,9 @@ def main() -> int:
         help="the interpreter that has TensorRT and pycuda (TRT_PYTHON, or this one)",
     )
     arguments.add_argument("--write-samples", type=Path, metavar="FOLDER", help="store the built-in samples, and stop")
+    arguments.add_argument(
+        "--find-drift", action="store_true", help="search for nodes that should not be computed in FP16, and stop"
+    )
     arguments.add_argument("--worker", nargs=2, metavar=("LABEL", "FOLDER"), help=argparse.SUPPRESS)
     options = arguments.parse_args()
     folder = BuildFolder(options.build_dir, options.model)
@@ -678,9 +773,9 @@ def main() -> int:
     if options.write_samples:
         spec.write_samples(settings, options.write_samples)
         return 0
-    if (options.images is None) != (options.labels is None):
-        raise Unusable("--images and --labels belong together: give both or none")
-    samples = spec.labelled(settings, options.images, options.labels) if options.images else spec.samples(settings)
+    samples, data = samples_of(spec, settings, options.images, options.labels)
+    if options.find_drift:
+        return find_drift(folder, samples)
     baseline = BuildFolder(options.baseline, options.model) if options.baseline else None
     on_gpu = gpu_name() is not None
     kinds = options.executors or runnable(on_gpu, options.trt_python)
@@ -693,11 +788,28 @@ def main() -> int:
                 folder.require(folder.onnx(part.name, precision), "surgeon.py", "--precision", precision)
             elif kind == "tensorrt":
                 source.require(source.engine(part.name, precision), "build_engine.py", "--precision", precision)
-    report = compare(folder, baseline, labels, samples, options.trt_python)
-    path = write_report(folder, report)
-    show(report, spec.title)
+    report = compare(folder, baseline, labels, samples, data, options.trt_python)
+    path = write_report(folder, report, list(output_groups(folder.parts())))
+    show(report, folder)
     print(path)
     return 0 if report["passed"] else 1
+
+
+def samples_of(
+    spec: ModelSpec, settings: Mapping[str, Any], images: Optional[Path], labels: Optional[Path]
+) -> Tuple[Sequence[AnySample], str]:
+    """The samples asked for and where they come from."""
+    if images is None and labels is None:
+        return spec.samples(settings), "built in"
+    if images is not None and not images.exists():
+        raise Unusable(f"{images}: no such file or folder")
+    if images is not None and images.is_file() and labels is None:
+        read = partial(spec.read, images, settings)
+        read()  # what is no image is refused before anything runs
+        return [StoredSample(images.name, read)], f"{images}"
+    if images is None or labels is None or images.is_file():
+        raise Unusable("--images FOLDER and --labels FILE belong together; one image goes without --labels")
+    return spec.labelled(settings, images, labels), f"{labels}"
 
 
 def runnable(on_gpu: bool, trt_python: str) -> List[str]:

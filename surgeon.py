@@ -4,6 +4,8 @@
     python surgeon.py trocr --precision fp16
     python surgeon.py restormer --without transposed_attention    leave one pattern as the exporter wrote it
     python surgeon.py restormer --without all                     only set the precision: the baseline without plugins
+    python surgeon.py restormer --precision fp16 --keep-fp32 build/restormer/keep-fp32.txt
+                                                                  what `compare.py restormer --find-drift` has found
     python surgeon.py restormer --with norm_pointwise_conv        also a plugin that is off by default
 
 Reads build/<model>/<part>.onnx and leaves build/<model>/<part>.<precision>.onnx.  Patterns are matched by topology and
@@ -15,7 +17,8 @@ exported graph's on random inputs (FP32: exit status 1 above 1e-5 of the largest
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +201,34 @@ def in_precision(part: Part, inputs: Mapping[str, np.ndarray], precision: str) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[str]) -> tuple[dict[str, Any], bool]:
-    """Patches one part.  Returns what the manifest should say of it, and whether its outputs are right."""
+@dataclass(frozen=True)
+class Grafted:
+    """A part's graph with its plugin nodes, in FP32.
+
+    nodes_before  how many nodes the exported graph had
+    counts        plugin → how many nodes it became
+    owners        node → the plugin that does its work, or would
+    left          nodes of patterns left as they were that must not be computed in FP16
+    """
+
+    part: Part
+    graph: gs.Graph
+    nodes_before: int
+    counts: Counter[str]
+    owners: dict[str, str]
+    left: Collection[str]
+
+    def typed(self, precision: str, keep_fp32: Collection[str]) -> gs.Graph:
+        """A copy of the graph in a precision; FP16 with the nodes called `keep_fp32` in FP32."""
+        graph = self.graph.copy()
+        if precision == "fp16":
+            kept = {*self.left, *keep_fp32}
+            to_fp16(graph, self.part, [node for node in graph.nodes if node.name in kept])
+        return graph
+
+
+def grafted(folder: BuildFolder, part: Part, without: Collection[str]) -> Grafted:
+    """Reads one part's exported graph and replaces its patterns, except those of the plugins `without`."""
     source = folder.require(folder.onnx(part.name), "export_onnx.py")
     try:
         graph = gs.import_onnx(onnx.load(source))
@@ -208,7 +237,7 @@ def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[s
         raise Unusable(f"{source} is not a readable ONNX file: run `{command}` again") from problem
     nodes_before = len(graph.nodes)
     found = find_matches(graph, part, source)
-    owners: dict[str, str] = {}  # node → the plugin that does its work, or would
+    owners: dict[str, str] = {}
     counts: Counter[str] = Counter()
     replaced: set[int] = set()  # nodes
     for name in sorted(found, key=lambda name: -plugins.find(name).reach):
@@ -221,17 +250,24 @@ def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[s
                 replaced.add(id(node))
                 owners[node.name] = name
                 counts[name] += 1
-    graph.cleanup()
-    if precision == "fp16":
-        left = [
-            node
-            for name in found
-            if name in without and plugins.find(name).needs_fp32
-            for match in found[name]
-            for node in match.nodes
-            if node.op not in MATRIX_PRODUCTS
-        ]
-        to_fp16(graph, part, left)
+    left = {
+        node.name
+        for name in found
+        if name in without and plugins.find(name).needs_fp32
+        for match in found[name]
+        for node in match.nodes
+        if node.op not in MATRIX_PRODUCTS
+    }
+    return Grafted(part, graph.cleanup(), nodes_before, counts, owners, left)
+
+
+def patch(
+    folder: BuildFolder, done: Grafted, precision: str, keep_fp32: Collection[str]
+) -> tuple[dict[str, Any], bool]:
+    """Writes one part's patched graph.  Returns what the manifest should say of it, and whether its outputs are
+    right."""
+    part, counts = done.part, done.counts
+    graph = done.typed(precision, keep_fp32)
     model = finish(graph, counts)
     target = folder.onnx(part.name, precision)
     folder.engine(part.name, precision).unlink(missing_ok=True)  # it was built from the graph that is replaced now
@@ -239,10 +275,17 @@ def patch(folder: BuildFolder, part: Part, precision: str, without: Collection[s
         onnx.save(model, temporary)
         absolute, relative = largest_errors(folder, part, temporary, precision)
     passed = relative <= TOLERANCE if precision == "fp32" else np.isfinite(relative)
-    print(f"{target}: {nodes_before} → {len(model.graph.node)} nodes, {listed(counts) or 'no plugins'}")
+    print(f"{target}: {done.nodes_before} → {len(model.graph.node)} nodes, {listed(counts) or 'no plugins'}")
     verdict = "" if passed else ": FAILED"
-    print(f"  against {source.name} in ONNX Runtime: max abs error {absolute:.1e}, relative {relative:.1e}{verdict}")
-    report = {"plugins": counts, "in_place": in_place(graph), "owners": owners, "max_abs_error": absolute}
+    source = folder.onnx(part.name).name
+    print(f"  against {source} in ONNX Runtime: max abs error {absolute:.1e}, relative {relative:.1e}{verdict}")
+    report = {
+        "plugins": counts,
+        "in_place": in_place(graph),
+        "owners": done.owners,
+        "keep_fp32": [node.name for node in graph.nodes if node.name in keep_fp32],
+        "max_abs_error": absolute,
+    }
     return report, bool(passed)
 
 
@@ -258,6 +301,21 @@ def in_place(graph: gs.Graph) -> dict[str, str]:
         for output, source in by_op[node.op].in_place.items()
         if id(node.outputs[output]) in outputs and id(node.inputs[source]) in inputs
     }
+
+
+def node_names(file: Path, parts: Sequence[Grafted]) -> list[str]:
+    """The nodes that the lines of a file name; `#` begins a comment.  Raises Unusable naming the first that is in none
+    of the parts."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as problem:
+        raise Unusable(f"{file} is no list of nodes") from problem
+    known = {node.name for done in parts for node in done.graph.nodes}
+    names = [line.partition("#")[0].strip() for line in lines]
+    for number, name in enumerate(names, 1):
+        if name and name not in known:
+            raise Unusable(f"{file}, line {number}: the patched graphs have no node {name}")
+    return [name for name in names if name]
 
 
 def listed(counts: Mapping[str, int]) -> str:
@@ -279,7 +337,12 @@ def main() -> int:
         dest="wanted",
         help=f"also those that are off by default: {', '.join(off) or 'none'}",
     )
+    arguments.add_argument(
+        "--keep-fp32", type=Path, metavar="FILE", help="FP16, but for the nodes whose names are the lines of FILE"
+    )
     options = arguments.parse_args()
+    if options.keep_fp32 and options.precision != "fp16":
+        raise Unusable("--keep-fp32 goes with --precision fp16")
     if options.without == ["all"]:
         without = plugins.names()
     else:
@@ -287,9 +350,12 @@ def main() -> int:
         without += set(off) - {plugins.find(name).name for name in options.wanted}
     folder = BuildFolder(options.build_dir, options.model)
     manifest = folder.manifest()
+    parts = [grafted(folder, part, without) for part in folder.parts()]
+    keep_fp32 = node_names(options.keep_fp32, parts) if options.keep_fp32 else []
     patched, passed = {}, True
-    for part in folder.parts():
-        patched[part.name], part_passed = patch(folder, part, options.precision, without)
+    for done in parts:
+        patched[done.part.name], part_passed = patch(folder, done, options.precision, keep_fp32)
+        patched[done.part.name]["without"] = sorted(without)
         passed = passed and part_passed
     manifest.setdefault("patched", {})[options.precision] = patched
     manifest.get("engines", {}).pop(options.precision, None)

@@ -186,11 +186,47 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Sample:
-    """One input of a comparison; `truth` is what the ideal result would be (an image, a text)."""
+    """One input of a comparison; `truth` is what the ideal result would be (an image, a text), None if nobody knows."""
 
     name: str
     item: Any
     truth: Any
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample of a data set: read from its files each time it is asked for, so that a data set of any length passes
+    through memory piece by piece.  It can be pickled."""
+
+    name: str
+    read_item: Callable[[], Any]
+    read_truth: Optional[Callable[[], Any]] = None
+
+    @property
+    def item(self) -> Any:
+        return self.read_item()
+
+    @property
+    def truth(self) -> Any:
+        return self.read_truth() if self.read_truth else None
+
+
+AnySample = Union[Sample, StoredSample]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Compares results with what is expected of them: the truth, or another executor's results.
+
+    one    numbers of one pair
+    total  numbers of many pairs → metrics in the users' units, for example {"PSNR dB": 31.2}
+    """
+
+    one: Callable[[Any, Any], Dict[str, float]]
+    total: Callable[[Sequence[Mapping[str, float]]], Dict[str, float]]
+
+    def __call__(self, left: Sequence[Any], right: Sequence[Any]) -> Dict[str, float]:
+        return self.total([self.one(*pair) for pair in zip(left, right)])
 
 
 class ResultWriter(Protocol):
@@ -224,10 +260,15 @@ class ModelSpec:
     writer      (-o argument or None) → context manager giving a ResultWriter; nothing half-written remains on failure
     samples     settings → the built-in samples
     write_samples  (settings, folder) → stores the samples as files, with a labels.tsv that `labelled` reads
-    labelled    (settings, image folder, labels file) → samples from the user's own data
-    score       (results, truths) → metrics in the users' units, for example {"PSNR dB": 31.2}
-    difference  (reference results, results) → metrics of one executor against another
+    labelled    (settings, image folder, labels file) → samples from the user's own data, all of which can be read
+    score       (result, truth)
+    difference  (reference result, result) of one executor and another; its "differing outputs" counts the results that
+                users would notice
+    badness     `score`'s metrics of one sample → larger, the worse
+    describe    result or truth → itself in a line of text
     bars        precision → limits on "part max abs" (largest absolute error of any part) and on `difference`'s metrics
+    untouched   item → the result that is the input itself, whose score shows the model's gain; None where there is none
+    picture     (result or truth, PNG file) → stores it; None where its description shows it
     """
 
     name: str
@@ -239,10 +280,14 @@ class ModelSpec:
     writer: Callable[[Optional[Path]], AbstractContextManager[ResultWriter]]
     samples: Callable[[Mapping[str, Any]], List[Sample]]
     write_samples: Callable[[Mapping[str, Any], Path], None]
-    labelled: Callable[[Mapping[str, Any], Path, Path], List[Sample]]
-    score: Callable[[Sequence[Any], Sequence[Any]], Dict[str, float]]
-    difference: Callable[[Sequence[Any], Sequence[Any]], Dict[str, float]]
+    labelled: Callable[[Mapping[str, Any], Path, Path], List[StoredSample]]
+    score: Metric
+    difference: Metric
+    badness: Callable[[Mapping[str, float]], float]
+    describe: Callable[[Any], str]
     bars: Mapping[str, Sequence[Bar]]
+    untouched: Optional[Callable[[Any], Any]] = None
+    picture: Optional[Callable[[Any, Path], None]] = None
     workloads: Callable[[Mapping[str, Any]], Mapping[str, Callable[[Executor], Any]]] = lambda settings: {}
     is_input: Callable[[Path, Mapping[str, Any]], bool] = lambda path, settings: True
 

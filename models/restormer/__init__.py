@@ -30,9 +30,13 @@ SPEC = ModelSpec(
     labelled=samples.labelled,
     score=metric.score,
     difference=metric.difference,
+    badness=metric.badness,
+    describe=metric.describe,
     bars={
         "fp32": [Bar("part max abs", 1e-4), Bar("PSNR dB against reference", 80, at_least=True)],
         "fp16": [Bar("PSNR dB against reference", 55, at_least=True)],
     },
     is_input=images.is_input,
+    untouched=samples.untouched,
+    picture=samples.write_picture,
 )

@@ -5,16 +5,18 @@ python -m models.restormer.samples FOLDER     writes the degraded pictures, FOLD
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, List
 
 import numpy as np
+from tqdm import tqdm
 
 from models.chain import replacing
+from models.labels import naming, read_labels
 from models.restormer.images import Picture, encode, read, read_file
-from models.spec import Sample, Unusable
+from models.spec import Sample, StoredSample, Unusable
 
 # name, (top, left) and (height, width) of the crop; the last two sizes are no multiples of 8
 CROPS = (
@@ -75,25 +77,40 @@ def degrade(clean: np.ndarray, kernel: np.ndarray, random: np.random.Generator) 
     return np.rint(noisy.clip(0, 1) * 255).astype(np.float32) / 255
 
 
-def labelled(settings: Mapping[str, Any], folder: Path, labels: Path) -> List[Sample]:
-    """The pairs that a labels file lists: tab-separated degraded picture and clean picture, relative to `folder`."""
-    try:
-        lines = labels.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise Unusable(f"{labels} cannot be read as a labels file") from problem
+def labelled(settings: Mapping[str, Any], folder: Path, labels: Path) -> List[StoredSample]:
+    """The pairs that a labels file lists, by file names relative to `folder`; all have been read once.
+
+    Its lines are `degraded<TAB>clean` or {"image": degraded, "clean": clean}.  Raises Unusable naming the first line
+    that does not fit, or whose pictures cannot be read.
+    """
     made = []
-    for number, row in enumerate(csv.reader(lines, delimiter="\t"), start=1):
-        if not row:
-            continue
-        if len(row) != 2:
-            raise Unusable(f"{labels}, line {number}: expected a degraded picture, a tab and its clean picture")
-        item, truth = read(folder / row[0], settings), read_file(folder / row[1]).pixels
-        if item.pixels.shape[:2] != truth.shape[:2]:
-            raise Unusable(f"{labels}, line {number}: {row[0]} and {row[1]} differ in size")
-        made.append(Sample(row[0], item, truth))
+    lines = list(read_labels(labels, "clean"))
+    for where, name, clean in tqdm(lines, desc="reading", unit="image", disable=None, leave=False):
+        sample = StoredSample(name, partial(read, folder / name, settings), partial(read_clean, folder / clean))
+        with naming(where):
+            if untouched(sample.item).shape != sample.truth.shape:
+                raise Unusable(f"{name} and {clean} differ in size or number of colours")
+        made.append(sample)
     if not made:
         raise Unusable(f"{labels} lists no pictures")
     return made
+
+
+def read_clean(path: Path) -> np.ndarray:
+    """(H, W, C) in 0…1."""
+    return read_file(path).pixels
+
+
+def untouched(picture: Picture) -> np.ndarray:
+    """The picture as if it were a result: of a dual-pixel pair, the mean of its views."""
+    height, width, channels = picture.pixels.shape
+    return picture.pixels.reshape(height, width, -1, min(channels, 3)).mean(axis=2)
+
+
+def write_picture(image: np.ndarray, path: Path) -> None:
+    """Stores (H, W, C) in 0…1 as PNG with 8 bits."""
+    with replacing(path) as temporary:
+        encode(Picture(image), image, temporary)
 
 
 def write_samples(settings: Mapping[str, Any], folder: Path) -> None:

@@ -35,6 +35,8 @@ SPEC = ModelSpec(
     labelled=samples.labelled,
     score=metric.score,
     difference=metric.difference,
+    badness=metric.badness,
+    describe=metric.describe,
     bars={
         "fp32": (Bar("part max abs", 1e-3), Bar("differing outputs", 0)),
         # No bar on texts: random weights leave two tokens within FP16's rounding often, and then a whole text differs.

@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from typing import Dict, Mapping, Sequence, Union
 
+from models.spec import Metric
 from models.trocr.pipeline import TextResult
 
 
-def cer_percent(truths: Sequence[str], texts: Sequence[str]) -> float:
-    """Edits per character of the truths, in percent; every character of a text whose truth is empty is one edit."""
+def edits(truth: str, text: str) -> Dict[str, float]:
+    """{"edits", "characters"} (of the truth); every character of a text whose truth is empty is one edit."""
     import jiwer
 
-    edits = length = 0
-    for truth, text in zip(truths, texts):
-        if truth.strip():
-            counts = jiwer.process_characters(truth, text)
-            edits += counts.substitutions + counts.deletions + counts.insertions
-            length += counts.substitutions + counts.deletions + counts.hits
-        else:  # jiwer takes no empty truth
-            edits += len(text.strip())
-    return 100 * edits / max(length, 1)
+    if not truth.strip():  # jiwer takes no empty truth
+        return {"edits": len(text.strip()), "characters": 0}
+    counts = jiwer.process_characters(truth, text)
+    replaced = counts.substitutions + counts.deletions
+    return {"edits": replaced + counts.insertions, "characters": replaced + counts.hits}
 
 
-def score(results: Sequence[TextResult], truths: Sequence[str]) -> Dict[str, float]:
-    """{"CER %", "exact match %"} of results against the true texts."""
-    texts = [result.text for result in results]
-    matches = sum(text.strip() == truth.strip() for text, truth in zip(texts, truths))
-    return {"CER %": cer_percent(truths, texts), "exact match %": 100 * matches / max(len(texts), 1)}
+def cer(counts: Sequence[Mapping[str, float]]) -> float:
+    """Edits per character of the truths, in percent."""
+    return 100 * sum(one["edits"] for one in counts) / max(sum(one["characters"] for one in counts), 1)
 
 
-def difference(reference: Sequence[TextResult], results: Sequence[TextResult]) -> Dict[str, float]:
-    """{"differing outputs" (in any token), "CER % against reference"} of results against another executor's."""
-    return {
-        "differing outputs": sum(one.ids != other.ids for one, other in zip(reference, results)),
-        "CER % against reference": cer_percent([r.text for r in reference], [r.text for r in results]),
-    }
+def cer_percent(truths: Sequence[str], texts: Sequence[str]) -> float:
+    """The CER of texts, in percent."""
+    return cer([edits(truth, text) for truth, text in zip(truths, texts)])
+
+
+def scored(result: TextResult, truth: str) -> Dict[str, float]:
+    return {**edits(truth, result.text), "exact": result.text.strip() == truth.strip()}
+
+
+def total_score(scores: Sequence[Mapping[str, float]]) -> Dict[str, float]:
+    exact = sum(one["exact"] for one in scores)
+    return {"CER %": cer(scores), "exact match %": 100 * exact / max(len(scores), 1)}
+
+
+def badness(scores: Mapping[str, float]) -> float:
+    return scores["CER %"]
+
+
+def differences(reference: TextResult, result: TextResult) -> Dict[str, float]:
+    """They differ if any token does."""
+    return {**edits(reference.text, result.text), "differs": reference.ids != result.ids}
+
+
+def total_difference(found: Sequence[Mapping[str, float]]) -> Dict[str, float]:
+    return {"differing outputs": sum(one["differs"] for one in found), "CER % against reference": cer(found)}
+
+
+score = Metric(scored, total_score)
+difference = Metric(differences, total_difference)
+
+
+def describe(text: Union[TextResult, str]) -> str:
+    return text if isinstance(text, str) else text.text

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
-from typing import Any, Iterator, List, Mapping, Tuple
+from typing import Any, List, Mapping
 
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from models.chain import replacing
-from models.spec import Sample, Unusable
+from models.labels import naming, read_labels
+from models.spec import Sample, StoredSample, Unusable
 from models.trocr.images import read
 
 # (font that matplotlib ships, text)
@@ -68,43 +70,21 @@ def rendered(text: str, font_name: str) -> Image.Image:
     return image
 
 
-def labelled(settings: Mapping[str, Any], folder: Path, labels_file: Path) -> List[Sample]:
-    """The images in `folder` that the labels file names, with their texts.
+def labelled(settings: Mapping[str, Any], folder: Path, labels_file: Path) -> List[StoredSample]:
+    """The images in `folder` that the labels file names, with their texts; all have been read once.
 
-    Its lines are `file<TAB>text` or {"path": file, "text": text}; file names are relative to `folder`.  Raises Unusable
-    naming the first line that does not fit, or an image that is absent.
+    Its lines are `image<TAB>text` or {"image": file, "text": text}; file names are relative to `folder`.  Raises
+    Unusable naming the first line that does not fit, or whose image cannot be read.
     """
-    try:
-        lines = labels_file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise Unusable(f"labels file {labels_file} cannot be read: {problem}") from problem
     found = []
-    for where, name, text in parsed(lines, labels_file):
+    lines = list(read_labels(labels_file, "text"))
+    for where, name, text in tqdm(lines, desc="reading", unit="image", disable=None, leave=False):
         path = folder / name
         if not path.is_file():
             raise Unusable(f"{where}: there is no image {path}")
-        found.append(Sample(name, read(path, settings), text))
+        with naming(where):
+            read(path, settings)
+        found.append(StoredSample(name, partial(read, path, settings), partial(str, text)))
     if not found:
-        raise Unusable(f"labels file {labels_file} names no image: its lines must be `file<TAB>text` or JSON")
+        raise Unusable(f"labels file {labels_file} names no image: its lines must be `image<TAB>text` or JSON")
     return found
-
-
-def parsed(lines: List[str], labels_file: Path) -> Iterator[Tuple[str, str, str]]:
-    """(place for messages, file name, text) of each line that is not blank."""
-    for number, line in enumerate(lines, 1):
-        where = f"{labels_file}, line {number}"
-        if not line.strip():
-            continue
-        if line.startswith("{"):
-            try:
-                entry = json.loads(line)
-                name, text = entry["path"], entry["text"]
-            except (ValueError, KeyError) as problem:
-                raise Unusable(f'{where}: not a JSON object with "path" and "text"') from problem
-        else:
-            name, tab, text = line.partition("\t")
-            if not tab:
-                raise Unusable(f"{where}: no tab between file name and text")
-        if not (isinstance(name, str) and isinstance(text, str) and name.strip() and text.strip()):
-            raise Unusable(f"{where}: file name or text is empty or no string")
-        yield where, name, text

@@ -87,12 +87,16 @@ class Restorer:
     """Restores pictures with a weights file: an executor (models/spec.py) in PyTorch, in FP32 on the device."""
 
     def __init__(self, weights: Path, device: torch.device) -> None:
-        self.settings, self.device = checkpoint.load(str(weights)).settings, device
+        loaded = checkpoint.load(str(weights))
+        self.settings, self.part, self.device = loaded.settings, loaded.parts[0].part, device
         self.network = checkpoint.read_checkpoint(weights).eval().to(device)
 
     def run(self, part: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return {"restored": self.network(torch.from_numpy(inputs["image"]).to(self.device)).cpu().numpy()}
+
+    def limits(self, part: str) -> Mapping[str, tuple[int, int]]:
+        return self.part.limits()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         return tiling.restore(self, self.settings, pixels)  # type: ignore[arg-type]  # an executor without caches

@@ -225,7 +225,7 @@ def capped(part: Part, largest: Mapping[str, int]) -> Part:
         limit = min(dim.maximum, largest.get(dim.name, dim.maximum))
         if limit < dim.minimum:
             raise Unusable(f"--largest: {dim.name} begins at {dim.minimum}")
-        return replace(dim, optima=tuple(dict.fromkeys(min(size, limit) for size in dim.optima)), maximum=limit)
+        return replace(dim, optima=tuple(dict.fromkeys(min(tuned, limit) for tuned in dim.optima)), maximum=limit)
 
     return replace(part, dims=tuple(cap(dim) for dim in part.dims))
 

@@ -7,6 +7,7 @@
 // Two kernels: FP16 with whole packs of 16 bytes on tensor cores, everything else with FP32 multiply-adds.
 #include <cuda_pipeline.h>
 
+#include <cfloat>
 #include <type_traits>
 
 #include "common/kernel.cuh"
@@ -17,6 +18,7 @@ namespace trt_graft {
 namespace {
 
 constexpr int kMaxHeadDim = 128;
+constexpr int kManyBlocks = 256;       // two for each multiprocessor of a large GPU
 constexpr float kLog2E = 1.44269504f;  // exp(x) = exp2(x · log2 e), and exp2 is an instruction
 
 // Where a block works: at a tile of queries of one head of one image.
@@ -27,9 +29,11 @@ struct Place {
 };
 
 __device__ Place place_of_block(int64_t tokens, int heads, int head_dim, int tile) {
-    const int64_t tiles = ceil_div(tokens, tile), head = blockIdx.x / tiles;
+    // Divisions of 64 bits take longer.
+    const auto tiles = static_cast<uint32_t>(ceil_div(tokens, tile));
+    const uint32_t head = blockIdx.x / tiles, image = head / heads;
     const int64_t stride = int64_t{heads} * head_dim;
-    return {blockIdx.x % tiles * tile, head / heads * tokens * stride + head % heads * head_dim, stride};
+    return {int64_t{blockIdx.x % tiles} * tile, image * tokens * stride + head % heads * int64_t{head_dim}, stride};
 }
 
 // ---- Tensor cores ---------------------------------------------------------------------------------------------------
@@ -41,146 +45,251 @@ __device__ float exp2_fast(float x) {
     return y;
 }
 
-constexpr int kWarps = 4;
-constexpr int kTile = 16;  // queries of a warp, and the granularity of keys and columns
+// Starts to copy 16 bytes to shared memory, or to fill them with zeros.  Turing cannot, and copies here and now.
+__device__ void copy_or_clear(__half* target, const __half* source, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(address), "l"(source), "r"(exists ? 16 : 0)
+                 : "memory");
+#else
+    Pack<__half, 8> pack = {};
+    if (exists) pack = load_pack<8>(source);
+    store_pack(target, pack);
+#endif
+}
+
+constexpr int kWarps = 4;  // side by side along the queries
+constexpr int kTile = 16;  // rows of a fragment, and the granularity of keys and columns
+
+// The highest score of a row is brought up to date only when a score exceeds it by more than kSlack, which is rare
+// behind the first tiles: it costs shuffles and the scaling of all sums.  FP16 holds weights up to 2^kSlack as well as
+// those up to 1.
+constexpr float kSlack = 8;
 
 // WIDTH: head_dim, rounded up to an instance; the columns behind head_dim are zeros.
-template <int WIDTH>
-__global__ void __launch_bounds__(kWarps * 32)
-    tensor_core_kernel(const __half* q, const __half* k, const __half* v, __half* y, int64_t tokens, int heads,
+//
+// A score costs 4·head_dim operations on tensor cores and one exp2, of which a multiprocessor makes 16 in a clock: half
+// the time of the products at 64 columns.  (In pairs of FP16 it makes no more of them.)  The rest must fit in between.
+//
+// Two shapes of blocks:
+//   GROUPS = 1  for many: ROWS = 2 gives a warp two fragments of queries, and each fragment of keys and values that it
+//               loads serves both; with one, shared memory would take longer than the products.
+//   GROUPS > 1  for few, which are as slow as one warp is: the keys of a tile are divided among groups of warps, which
+//               add up in the end.
+template <int WIDTH, int ROWS, int GROUPS>
+__global__ void __launch_bounds__(GROUPS * kWarps * 32, ROWS == 2 ? 3 : 1)
+    tensor_core_kernel(const __half* q, const __half* k, const __half* v, __half* y, int tokens, int heads,
                        int head_dim, float scale) {
-    constexpr int kKeys = WIDTH <= 64 ? 64 : 32;  // of a tile
+    static_assert(GROUPS == 1 || ROWS == 1);
+    constexpr int kThreads = GROUPS * kWarps * 32;
+    constexpr int kKeys = WIDTH <= 64 ? 64 : 32;                       // of a tile
+    constexpr int kChunk = kKeys / GROUPS < 32 ? kKeys / GROUPS : 32;  // keys whose scores are in registers at once
     // Rows are 16 bytes longer than they need be, and so begin at different banks: eight of them are read at once.
     constexpr int kStride = WIDTH + 8;
-    __shared__ alignas(16) __half key_tiles[2][kKeys][kStride], value_tiles[2][kKeys][kStride];
+    __shared__ alignas(16) __half tiles[2][2][kKeys][kStride];  // stages × {keys, values}
 
-    const Place place = place_of_block(tokens, heads, head_dim, kWarps * kTile);
+    const Place place = place_of_block(tokens, heads, head_dim, kWarps * ROWS * kTile);
     const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-    const int64_t warp_query = place.query + threadIdx.x / 32 * kTile;
+    const int warp = threadIdx.x / 32 % kWarps, group_of_warps = threadIdx.x / (kWarps * 32);
+    const int warp_query = static_cast<int>(place.query) + warp * ROWS * kTile;
 
     // Starts to copy the tile of keys and values from `first` on; zeros behind the last token.
-    const auto copy_tile = [&](int stage, int64_t first) {
-        constexpr int kPack = 8, kPacks = WIDTH / kPack;
-        for (int i = threadIdx.x; i < kKeys * kPacks; i += kWarps * 32) {
-            const int key = i / kPacks, column = i % kPacks * kPack;
-            __half *key_pack = &key_tiles[stage][key][column], *value_pack = &value_tiles[stage][key][column];
-            if (first + key < tokens && column < head_dim) {
-                const int64_t source = place.origin + (first + key) * place.stride + column;
-                __pipeline_memcpy_async(key_pack, k + source, 16);
-                __pipeline_memcpy_async(value_pack, v + source, 16);
-            } else {
-                store_pack(key_pack, Pack<__half, kPack>{});
-                store_pack(value_pack, Pack<__half, kPack>{});
-            }
+    const auto copy_tile = [&](int stage, int first) {
+        constexpr int kPack = 8, kPacks = WIDTH / kPack, kAtOnce = kThreads / kPacks;
+        const int column = threadIdx.x % kPacks * kPack;
+#pragma unroll
+        for (int i = 0; i < kKeys; i += kAtOnce) {
+            const int key = i + threadIdx.x / kPacks;
+            if (kKeys % kAtOnce != 0 && key >= kKeys) continue;
+            const int64_t source = place.origin + (first + key) * place.stride + column;
+            const bool exists = first + key < tokens && column < head_dim;
+            copy_or_clear(&tiles[stage][0][key][column], k + source, exists);
+            copy_or_clear(&tiles[stage][1][key][column], v + source, exists);
         }
         __pipeline_commit();
     };
     copy_tile(0, 0);
 
-    // The lane's rows are queries warp_query + group and + group + 8.
-    const auto query_of = [&](int half) { return warp_query + group + 8 * half; };
-    uint32_t queries[WIDTH / kTile][4];  // fragments a
-    for (int step = 0; step < WIDTH / kTile; ++step) {
-        for (int i = 0; i < 4; ++i) {
-            const int64_t query = query_of(i % 2);
-            const int column = step * kTile + i / 2 * 8 + 2 * pair;
-            const bool inside = query < tokens && column < head_dim;
-            const __half* source = q + place.origin + query * place.stride + column;
-            queries[step][i] = inside ? *reinterpret_cast<const uint32_t*>(source) : 0;
+    // The highest score is that of the largest product only if the scale is positive; the queries take its sign.  It is
+    // not 0 either, for −∞ · 0 is not a number.
+    const uint32_t sign = scale < 0 ? 0x80008000u : 0;
+    scale = fmaxf(fabsf(scale), 1e-37f);
+
+    // The lane's rows are queries warp_query + row · 16 + group and + group + 8.
+    const auto query_of = [&](int row, int half) { return warp_query + row * kTile + half * 8 + group; };
+    uint32_t queries[ROWS][WIDTH / kTile][4];  // fragments a
+    for (int row = 0; row < ROWS; ++row) {
+        for (int step = 0; step < WIDTH / kTile; ++step) {
+            for (int i = 0; i < 4; ++i) {
+                const int query = query_of(row, i % 2);
+                const int column = step * kTile + i / 2 * 8 + 2 * pair;
+                const bool inside = query < tokens && column < head_dim;
+                const __half* source = q + place.origin + query * place.stride + column;
+                queries[row][step][i] = inside ? *reinterpret_cast<const uint32_t*>(source) ^ sign : 0;
+            }
         }
     }
 
-    // For both rows: the highest score so far, Σ 2^(score − highest) over the lane's columns, and, as fragments c,
-    // Σ 2^(score − highest) · value.
-    float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    float mixed[WIDTH / 8][4] = {};
+    // For both halves of a row of fragments: a score that none so far exceeds by more than kSlack, Σ 2^(score −
+    // highest) over the lane's columns, and, as fragments c, Σ 2^(score − highest) · value.
+    float highest[ROWS][2], sum[ROWS][2] = {}, mixed[ROWS][WIDTH / 8][4] = {};
+    for (auto& row : highest) row[0] = row[1] = -FLT_MAX;  // finite: a group without keys subtracts it from itself
 
-    // `whole` is a constant: only the last tile pays for its missing keys.
-    const auto attend = [&](int stage, int64_t first, auto whole) {
-        constexpr bool kWhole = decltype(whole)::value;
-        const auto missing = [&](int64_t key) { return !kWhole && first + key >= tokens; };
-
-        float scores[kKeys / 8][4] = {};  // fragments c, queries × keys
+    // Adds `count` keys, those from row `key` of a tile on.  Unless they are `whole`, the first `present` of them
+    // exist.
+    const auto attend = [&](int stage, int key, auto count, auto whole, int present) {
+        constexpr int kCount = decltype(count)::value;
+        constexpr bool kWhole = decltype(whole)::value;  // only the last tile pays for its missing keys
+        float scores[ROWS][kCount / 8][4] = {};          // fragments c, queries × keys; not scaled
 #pragma unroll
-        for (int key = 0; key < kKeys; key += kTile) {
-            if (missing(key)) continue;
+        for (int n = 0; n < kCount; n += kTile) {
 #pragma unroll
             for (int step = 0; step < WIDTH / kTile; ++step) {
                 uint32_t b[4];  // kᵀ: matrices keys 0–7 × columns 0–7, 0–7 × 8–15, 8–15 × 0–7, 8–15 × 8–15
-                load_matrices(b, &key_tiles[stage][key + lane / 16 * 8 + lane % 8][step * kTile + lane / 8 % 2 * 8]);
-                multiply_add(scores[key / 8], queries[step], b[0], b[1]);
-                multiply_add(scores[key / 8 + 1], queries[step], b[2], b[3]);
+                load_matrices(b, &tiles[stage][0][key + n + lane / 16 * 8 + lane % 8][step * kTile + lane / 8 % 2 * 8]);
+                for (int row = 0; row < ROWS; ++row) {
+                    multiply_add(scores[row][n / 8], queries[row][step], b[0], b[1]);
+                    multiply_add(scores[row][n / 8 + 1], queries[row][step], b[2], b[3]);
+                }
             }
         }
 
-        // Scaled first, then subtracted: the exponents are never positive, however large the scores.
-        float tile_highest[2] = {highest[0], highest[1]};
-        for (int n = 0; n < kKeys / 8; ++n) {
-            for (int i = 0; i < 4; ++i) {
-                scores[n][i] = missing(n * 8 + 2 * pair + i % 2) ? -INFINITY : scores[n][i] * scale;
-                tile_highest[i / 2] = fmaxf(tile_highest[i / 2], scores[n][i]);
+        float chunk_highest[ROWS][2];
+        bool higher = false;
+        for (int row = 0; row < ROWS; ++row) {
+            chunk_highest[row][0] = chunk_highest[row][1] = -INFINITY;
+            for (int n = 0; n < kCount / 8; ++n) {
+                for (int i = 0; i < 4; ++i) {
+                    float& score = scores[row][n][i];
+                    if (!kWhole && n * 8 + 2 * pair + i % 2 >= present) score = -INFINITY;
+                    chunk_highest[row][i / 2] = fmaxf(chunk_highest[row][i / 2], score);
+                }
+            }
+            for (int half = 0; half < 2; ++half) {
+                higher = higher || chunk_highest[row][half] * scale > highest[row][half] + kSlack;
             }
         }
-        float shrink[2];
-        for (int half = 0; half < 2; ++half) {
-            for (int offset = 1; offset < 4; offset *= 2) {  // the four lanes of a row
-                tile_highest[half] =
-                    fmaxf(tile_highest[half], __shfl_xor_sync(0xffffffffu, tile_highest[half], offset));
+        if (__any_sync(0xffffffffu, higher)) {
+            for (int row = 0; row < ROWS; ++row) {
+                for (int half = 0; half < 2; ++half) {
+                    float now = chunk_highest[row][half];
+                    for (int offset = 1; offset < 4; offset *= 2) {  // the four lanes of a row
+                        now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, offset));
+                    }
+                    now = fmaxf(highest[row][half], now * scale);
+                    const float shrink = exp2_fast(highest[row][half] - now);
+                    highest[row][half] = now;
+                    sum[row][half] *= shrink;
+                    for (auto& values : mixed[row]) {
+                        values[2 * half] *= shrink;
+                        values[2 * half + 1] *= shrink;
+                    }
+                }
             }
-            shrink[half] = exp2_fast(highest[half] - tile_highest[half]);
-            highest[half] = tile_highest[half];
-            sum[half] *= shrink[half];
         }
-        for (int n = 0; n < kKeys / 8; ++n) {
-            for (int i = 0; i < 4; ++i) {
-                scores[n][i] = exp2_fast(scores[n][i] - highest[i / 2]);
-                sum[i / 2] += scores[n][i];
+        // The difference is rounded once.  The rounding of `highest` is the same for all of a row, and cancels out; up
+        // to scores of 2^26 it is below 4, so that weights stay far below the largest FP16 value.
+        for (int row = 0; row < ROWS; ++row) {
+            for (int n = 0; n < kCount / 8; ++n) {
+                for (int i = 0; i < 4; ++i) {
+                    float& score = scores[row][n][i];
+                    score = exp2_fast(fmaf(score, scale, -highest[row][i / 2]));
+                    sum[row][i / 2] += score;
+                }
             }
-        }
-        for (int n = 0; n < WIDTH / 8; ++n) {
-            for (int i = 0; i < 4; ++i) mixed[n][i] *= shrink[i / 2];
         }
 
 #pragma unroll
-        for (int key = 0; key < kKeys; key += kTile) {
-            if (missing(key)) continue;
-            const auto& left = scores[key / 8];
-            const auto& right = scores[key / 8 + 1];
-            // Two fragments c side by side are a fragment a.
-            const uint32_t weights[4] = {
-                as_word(__floats2half2_rn(left[0], left[1])), as_word(__floats2half2_rn(left[2], left[3])),
-                as_word(__floats2half2_rn(right[0], right[1])), as_word(__floats2half2_rn(right[2], right[3]))};
+        for (int n = 0; n < kCount; n += kTile) {
+            uint32_t weights[ROWS][4];
+            for (int row = 0; row < ROWS; ++row) {
+                for (int i = 0; i < 4; ++i) {  // two fragments c side by side are a fragment a
+                    const float* two = &scores[row][n / 8 + i / 2][i % 2 * 2];
+                    weights[row][i] = as_word(__floats2half2_rn(two[0], two[1]));
+                }
+            }
 #pragma unroll
             for (int step = 0; step < WIDTH / kTile; ++step) {
                 uint32_t b[4];  // v: matrices keys 0–7 × columns 0–7, 8–15 × 0–7, 0–7 × 8–15, 8–15 × 8–15
-                load_matrices_transposed(b, &value_tiles[stage][key + lane % 16][step * kTile + lane / 16 * 8]);
-                multiply_add(mixed[2 * step], weights, b[0], b[1]);
-                multiply_add(mixed[2 * step + 1], weights, b[2], b[3]);
+                load_matrices_transposed(b, &tiles[stage][1][key + n + lane % 16][step * kTile + lane / 16 * 8]);
+                for (int row = 0; row < ROWS; ++row) {
+                    multiply_add(mixed[row][2 * step], weights[row], b[0], b[1]);
+                    multiply_add(mixed[row][2 * step + 1], weights[row], b[2], b[3]);
+                }
             }
         }
     };
 
     int stage = 0;
-    for (int64_t first = 0; first < tokens; first += kKeys, stage ^= 1) {
+    for (int first = 0; first < tokens; first += kKeys, stage ^= 1) {
         __pipeline_wait_prior(0);
         __syncthreads();  // the tile has arrived for all, and nobody reads the other one any more
         if (first + kKeys < tokens) copy_tile(stage ^ 1, first + kKeys);
         if (warp_query >= tokens) continue;  // this warp only helps to copy
         if (first + kKeys <= tokens) {
-            attend(stage, first, std::true_type{});
-        } else {
-            attend(stage, first, std::false_type{});
+#pragma unroll 1  // two chunks at once do not fit into the registers
+            for (int chunk = 0; chunk < kKeys; chunk += GROUPS * kChunk) {
+                const int key = chunk + group_of_warps * kChunk;
+                attend(stage, key, std::integral_constant<int, kChunk>{}, std::true_type{}, kChunk);
+            }
+        } else {  // 16 keys at a time: 577 tokens pay for 592, not for 640
+            for (int key = group_of_warps * kTile; first + key < tokens; key += GROUPS * kTile) {
+                attend(stage, key, std::integral_constant<int, kTile>{}, std::false_type{}, tokens - first - key);
+            }
         }
     }
 
-    for (int half = 0; half < 2; ++half) {
-        for (int offset = 1; offset < 4; offset *= 2) sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], offset);
-        if (query_of(half) >= tokens) continue;
-        __half* row = y + place.origin + query_of(half) * place.stride;
-        for (int n = 0; n < WIDTH / 8; ++n) {
-            const int column = n * 8 + 2 * pair;
-            const float left = mixed[n][2 * half] / sum[half], right = mixed[n][2 * half + 1] / sum[half];
-            if (column < head_dim) *reinterpret_cast<__half2*>(row + column) = __floats2half2_rn(left, right);
+    for (auto& row : sum) {
+        for (float& total : row) {
+            for (int offset = 1; offset < 4; offset *= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+        }
+    }
+
+    // The upper half of the groups hands its sums to the lower one.
+    for (int groups = GROUPS / 2; groups > 0; groups /= 2) {
+        constexpr int kValues = 4 + WIDTH / 2;
+        static_assert(sizeof(tiles) >= GROUPS / 2 * kWarps * kValues * 32 * sizeof(float));
+        __syncthreads();  // the tiles, or the sums of the round before, make way
+        float* sums = reinterpret_cast<float*>(tiles) + (group_of_warps % groups * kWarps + warp) * kValues * 32 + lane;
+        if (group_of_warps / groups == 1) {
+            for (int half = 0; half < 2; ++half) {
+                sums[half * 32] = highest[0][half];
+                sums[(2 + half) * 32] = sum[0][half];
+            }
+            for (int n = 0; n < WIDTH / 2; ++n) sums[(4 + n) * 32] = mixed[0][n / 4][n % 4];
+        }
+        __syncthreads();
+        if (group_of_warps >= groups) continue;
+        float ours[2], theirs[2];
+        for (int half = 0; half < 2; ++half) {
+            const float other = sums[half * 32], now = fmaxf(highest[0][half], other);
+            ours[half] = exp2_fast(highest[0][half] - now);
+            theirs[half] = exp2_fast(other - now);
+            highest[0][half] = now;
+            sum[0][half] = sum[0][half] * ours[half] + sums[(2 + half) * 32] * theirs[half];
+        }
+        for (int n = 0; n < WIDTH / 2; ++n) {
+            float& value = mixed[0][n / 4][n % 4];
+            value = value * ours[n / 2 % 2] + sums[(4 + n) * 32] * theirs[n / 2 % 2];
+        }
+    }
+    if (group_of_warps > 0) return;
+
+    // Steps from row to row, so that no address waits in registers since the queries were read.
+    __half* target = y + place.origin + query_of(0, 0) * place.stride;
+    for (int row = 0; row < ROWS; ++row) {
+        for (int half = 0; half < 2; ++half, target += 8 * place.stride) {
+            if (query_of(row, half) >= tokens) continue;
+            const float share = 1 / sum[row][half];
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                const int column = n * 8 + 2 * pair;
+                const float* two = &mixed[row][n][2 * half];
+                if (column < head_dim) {
+                    *reinterpret_cast<__half2*>(target + column) = __floats2half2_rn(two[0] * share, two[1] * share);
+                }
+            }
         }
     }
 }
@@ -296,8 +405,11 @@ cudaError_t launch_encoder_attention(DataType type, const void* q, const void* k
                                      int64_t tokens, int64_t heads, int64_t head_dim, float scale,
                                      cudaStream_t stream) {
     if (batch * tokens * heads * head_dim == 0) return cudaSuccess;
-    // The smallest tiles have 32 queries; heads and blocks are int.
-    if (head_dim > kMaxHeadDim || batch * heads * ceil_div(tokens, 32) > INT32_MAX) return cudaErrorInvalidValue;
+    // The smallest tiles have 32 queries; blocks and tokens, rounded up to a tile, are int.
+    const int64_t tiles = ceil_div(tokens, 32);
+    if (head_dim > kMaxHeadDim || batch * heads * tiles > INT32_MAX || tiles > INT32_MAX / 64) {
+        return cudaErrorInvalidValue;
+    }
     return dispatch(type, [&](auto tag) {
         using T = decltype(tag);
         const auto launch = [&](auto kernel, int threads, int tile) {
@@ -307,15 +419,25 @@ cudaError_t launch_encoder_attention(DataType type, const void* q, const void* k
         };
         if constexpr (std::is_same_v<T, __half>) {
             if (head_dim % 8 == 0) {
-                const auto launch_width = [&](auto kernel) { launch(kernel, kWarps * 32, kWarps * kTile); };
+                const auto launch_width = [&](auto width) {
+                    constexpr int kWidth = decltype(width)::value;
+                    constexpr int kRows = kWidth <= 64 ? 2 : 1;  // more columns do not fit into the registers twice
+                    constexpr int kGroups = kWidth <= 64 ? 4 : 2;
+                    constexpr int kTall = kWarps * kRows * kTile, kLow = kWarps * kTile;
+                    if (batch * heads * ceil_div(tokens, kTall) >= kManyBlocks) {
+                        launch(tensor_core_kernel<kWidth, kRows, 1>, kWarps * 32, kTall);
+                    } else {
+                        launch(tensor_core_kernel<kWidth, 1, kGroups>, kGroups * kWarps * 32, kLow);
+                    }
+                };
                 if (head_dim <= 16) {
-                    launch_width(tensor_core_kernel<16>);
+                    launch_width(std::integral_constant<int, 16>{});
                 } else if (head_dim <= 32) {
-                    launch_width(tensor_core_kernel<32>);
+                    launch_width(std::integral_constant<int, 32>{});
                 } else if (head_dim <= 64) {
-                    launch_width(tensor_core_kernel<64>);
+                    launch_width(std::integral_constant<int, 64>{});
                 } else {
-                    launch_width(tensor_core_kernel<128>);
+                    launch_width(std::integral_constant<int, 128>{});
                 }
                 return;
             }

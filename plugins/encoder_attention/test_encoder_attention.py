@@ -57,7 +57,10 @@ def launch(q, k, v, heads, scale, y=None):
     "sizes",
     [(1, 1, 1, 16), (2, 5, 2, 32), (3, 33, 4, 16), (1, 64, 1, 64), (1, 65, 2, 48), (1, 127, 3, 8), (1, 128, 2, 128)]
     + [(1, 100, 2, 80), (2, 33, 3, 4), (1, 70, 2, 100), (1, 17, 1, 1), (1, 35, 1, 127), (4, 9, 5, 20)]
-    + [(1, 577, 6, 64), (2, 578, 3, 64), (1, 577, 2, 128), (32, 577, 16, 64)],
+    # few blocks and many, which the FP16 kernel cuts differently
+    + [(1, 577, 12, 64), (1, 578, 6, 64), (1, 577, 2, 128), (1, 31, 2, 24), (1, 49, 2, 64)]
+    + [(32, 577, 12, 64), (32, 578, 6, 64), (256, 1, 1, 64), (128, 17, 2, 32), (128, 129, 1, 16), (64, 255, 2, 40)]
+    + [(128, 33, 2, 128)],
 )
 def test_kernel_is_the_reference(sizes, dtype):
     batch, tokens, heads, head_dim = sizes
@@ -79,6 +82,20 @@ def test_kernel_keeps_scores_beyond_fp16_finite(head_dim, dtype):
     q, k, v = (200 * torch.randn(1, 67, 2 * head_dim, device="cuda").to(dtype) for _ in range(3))
     for scale in (0.125, -0.125):
         kernels.assert_close(launch(q, k, v, 2, scale), encoder_attention(q, k, v, 2, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("rise", [0.25, 1.0, -1.0])
+@pytest.mark.parametrize("batch", [1, 256])
+def test_kernel_follows_the_highest_score(batch, rise, scale, dtype):
+    """Scores that rise or fall from key to key, all of them far from zero."""
+    torch.manual_seed(0)
+    q, k, v = (torch.zeros(batch, 83, 64, dtype=dtype, device="cuda") for _ in range(3))
+    q[:], k[..., 0] = 1, rise * torch.arange(83) - 100
+    v.normal_()
+    kernels.assert_close(launch(q, k, v, 1, scale), encoder_attention(q, k, v, 1, scale))
 
 
 @pytest.mark.gpu

@@ -10,21 +10,6 @@
 namespace trt_graft {
 namespace {
 
-template <typename Desc>
-Sizes sizes_of(const Desc* inputs, int32_t count);
-template <>
-Sizes sizes_of(const nvinfer1::PluginTensorDesc* inputs, int32_t count) {
-    std::vector<nvinfer1::Dims> dims;
-    for (int32_t i = 0; i < count; ++i) dims.push_back(inputs[i].dims);
-    return Sizes(std::move(dims));
-}
-template <>
-Sizes sizes_of(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count) {
-    std::vector<nvinfer1::Dims> dims;
-    for (int32_t i = 0; i < count; ++i) dims.push_back(inputs[i].desc.dims);
-    return Sizes(std::move(dims));
-}
-
 class PluginV2 final : public nvinfer1::IPluginV2DynamicExt {
   public:
     explicit PluginV2(std::unique_ptr<Op> op) : op_(std::move(op)) {}
@@ -66,13 +51,12 @@ class PluginV2 final : public nvinfer1::IPluginV2DynamicExt {
     }
     bool supportsFormatCombination(int32_t position, const nvinfer1::PluginTensorDesc* tensors, int32_t,
                                    int32_t) noexcept override {
-        return takes(*op_, position, tensors[position].type, tensors[position].format, tensors[0].type);
+        // The only place where shapes can be refused, which fails the build: once all inputs are known.
+        return takes(*op_, position, tensors[position].type, tensors[position].format, tensors[0].type) &&
+               (position != op_->inputs() - 1 || accepts(*op_, sizes_of(tensors, op_->inputs())));
     }
-    // Cannot fail here: what is refused is logged now, and enqueue fails.
-    void configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
-                         const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override {
-        accepts(*op_, sizes_of(inputs, count));
-    }
+    void configurePlugin(const nvinfer1::DynamicPluginTensorDesc*, int32_t, const nvinfer1::DynamicPluginTensorDesc*,
+                         int32_t) noexcept override {}
     size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc* inputs, int32_t count,
                             const nvinfer1::PluginTensorDesc* outputs, int32_t made) const noexcept override {
         return workspace_bytes(*op_, sizes_of(inputs, count), sizes_of(outputs, made), inputs[0].type);

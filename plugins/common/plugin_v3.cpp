@@ -95,12 +95,6 @@ class PluginV3 final : public nvinfer1::IPluginV3,
     }
 
   private:
-    static Sizes sizes_of(const nvinfer1::PluginTensorDesc* inputs, int32_t count) {
-        std::vector<nvinfer1::Dims> dims;
-        for (int32_t i = 0; i < count; ++i) dims.push_back(inputs[i].dims);
-        return Sizes(std::move(dims));
-    }
-
     std::unique_ptr<Op> op_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection collection_{};

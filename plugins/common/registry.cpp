@@ -47,6 +47,12 @@ nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* 
     return made;
 }
 
+Sizes sizes_of(const nvinfer1::PluginTensorDesc* tensors, int32_t count) {
+    std::vector<nvinfer1::Dims> dims;
+    for (int32_t i = 0; i < count; ++i) dims.push_back(tensors[i].dims);
+    return Sizes(std::move(dims));
+}
+
 bool accepts(const Op& op, const Sizes& sizes) {
     const char* reason = op.refuse(sizes);
     if (reason != nullptr) complain(op, reason);

@@ -21,6 +21,8 @@ bool takes(const Op& op, int32_t position, nvinfer1::DataType type, nvinfer1::Te
 nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* inputs,
                                  nvinfer1::IExprBuilder& builder);
 
+Sizes sizes_of(const nvinfer1::PluginTensorDesc* tensors, int32_t count);
+
 // Asks the operator whether it takes these shapes; a refusal goes to TensorRT's log.
 bool accepts(const Op& op, const Sizes& sizes);
 

@@ -146,6 +146,21 @@ def test_workers_print_the_same_lines(source: lines.Sources) -> None:
         assert number == other and texts == other_texts and np.array_equal(ink, other_ink)
 
 
+def test_published_size_takes_stretched_lines() -> None:
+    learner = train.Learner(train.SMALL)
+    pictures = evaluate.fitted(torch.rand(1, 3, lines.HEIGHT, lines.WIDTH), train.SMALL.image)
+    tokens = train.tokens_of([lines.CHARACTERS[1 : 1 + lines.LONGEST]])
+    losses = learner(pictures, tokens, torch.tensor([lines.LONGEST]), tokens[:, :-1])
+    assert all(0 < loss < 100 for loss in losses)  # CTC's is 0 where columns are fewer than characters
+    ours, published = learner.model.config, network.configs("small", len(train.VOCABULARY))
+    for side, names in {
+        "encoder": ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        "decoder": ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "activation_function"),
+    }.items():
+        for name in names:
+            assert getattr(getattr(ours, side), name) == getattr(getattr(published, side), name), name
+
+
 def test_learning_rate_rises_and_falls() -> None:
     setup = train.Setup()
     rates = [train.learning_rate(setup, progress) for progress in np.linspace(0, 1, 101)]

@@ -152,12 +152,19 @@ def write_samples(source: Sources, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def fitted(pictures: Tensor, size: Sequence[int]) -> Tensor:
+    """Pictures (n, 3, height, width), stretched to (height, width) `size`."""
+    if pictures.shape[2:] == tuple(size):
+        return pictures
+    return torch.nn.functional.interpolate(pictures, tuple(size), mode="bilinear", antialias=True)
+
+
 def read(model: VisionEncoderDecoderModel, reader: tokenizer.Tokenizer, lines: Lines, batch: int) -> list[str]:
     """The texts that `generate` finds, greedily."""
     texts = []
     for pictures in tqdm(lines.pictures.split(batch), desc="reading", unit="batch", leave=False):
-        pixel_values = (pictures.to(model.device).float() / 127.5 - 1).to(model.dtype)
-        for ids in model.generate(pixel_values).tolist():
+        pixel_values = fitted(pictures.to(model.device).float(), model.config.encoder.image_size) / 127.5 - 1
+        for ids in model.generate(pixel_values.to(model.dtype)).tolist():
             texts.append(tokenizer.text_of(reader, ids, clean_up=False))
     return texts
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import (
+    DeiTConfig,
     GenerationConfig,
     TrOCRConfig,
     VisionEncoderDecoderConfig,
@@ -46,7 +47,7 @@ from models.spec import Unusable
 from models.trocr import tokenizer
 from models.trocr.demo.card import card
 from models.trocr.demo.degrade import photograph
-from models.trocr.demo.evaluate import evaluate
+from models.trocr.demo.evaluate import evaluate, fitted
 from models.trocr.demo.fonts import FONTS
 from models.trocr.demo.lines import CHARACTERS, HEIGHT, LONGEST, WIDTH, Sources, chunk, sources
 
@@ -60,6 +61,9 @@ POSITIONS = 64  # of the decoder: start, LONGEST characters, end, up to a multip
 class Setup:
     """The network and its training.
 
+    image          (height, width) in pixels that the network takes; others than (HEIGHT, WIDTH) get stretched lines
+    decoder_hidden width of the decoder; that of the encoder if it is 0
+    distilled      a DeiT for an encoder, with one token more, and scaled embeddings: as the published small model has
     patch          (height, width) in pixels: low ones carry more detail, one row of high ones is learned faster
     deviation      of the initial weights; with transformers' 0.02, which suits wide networks, this one starts slowly
     chunk          lines that a worker prints at a time
@@ -68,11 +72,15 @@ class Setup:
     misread        share of the decoder's inputs that are replaced, so that it looks at the image rather than guess on
     """
 
+    image: tuple[int, int] = (HEIGHT, WIDTH)
     hidden: int = 192
     layers: int = 7
+    decoder_hidden: int = 0
     decoder_layers: int = 2
     decoder_ffn: int = 512
     heads: int = 6
+    decoder_heads: int = 6
+    distilled: bool = False
     patch: tuple[int, int] = (32, 8)
     deviation: float = 0.05
     batch: int = 512
@@ -89,9 +97,15 @@ class Setup:
 
 
 SMOKE = Setup(
-    hidden=48, layers=2, decoder_layers=1, decoder_ffn=96, heads=3, patch=(32, 16), batch=8, chunk=16, first=1, stock=2,
-    printed=4, written=2,
+    hidden=48, layers=2, decoder_layers=1, decoder_ffn=96, heads=3, decoder_heads=3, patch=(32, 16), batch=8, chunk=16,
+    first=1, stock=2, printed=4, written=2,
 )  # fmt: skip
+# microsoft/trocr-small's sizes, with the demo's characters
+SMALL = Setup(
+    image=(384, 384), hidden=384, layers=12, decoder_hidden=256, decoder_layers=6, decoder_ffn=1024, decoder_heads=8,
+    distilled=True, patch=(16, 16), deviation=0.02, batch=128, peak=5e-4,
+)  # fmt: skip
+SETUPS = {"demo": Setup(), "small": SMALL}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,22 +118,24 @@ def network(setup: Setup) -> VisionEncoderDecoderModel:
 
     The pooler, which TrOCR does not use, is left out.  LayerNorm's epsilon stays above FP16's smallest number.
     """
-    encoder = ViTConfig(
+    encoder = (DeiTConfig if setup.distilled else ViTConfig)(
         hidden_size=setup.hidden,
         num_hidden_layers=setup.layers,
         num_attention_heads=setup.heads,
         intermediate_size=4 * setup.hidden,
-        image_size=[HEIGHT, WIDTH],
+        image_size=list(setup.image),
         patch_size=list(setup.patch),
         layer_norm_eps=1e-5,
         initializer_range=setup.deviation,
     )
     decoder = TrOCRConfig(
         vocab_size=len(VOCABULARY),
-        d_model=setup.hidden,
+        d_model=setup.decoder_hidden or setup.hidden,
         decoder_layers=setup.decoder_layers,
-        decoder_attention_heads=setup.heads,
+        decoder_attention_heads=setup.decoder_heads,
         decoder_ffn_dim=setup.decoder_ffn,
+        activation_function="relu" if setup.distilled else "gelu",
+        scale_embedding=setup.distilled,
         max_position_embeddings=POSITIONS,
         init_std=setup.deviation,
         cross_attention_hidden_size=setup.hidden,
@@ -149,7 +165,10 @@ class Learner(nn.Module):
         super().__init__()
         self.setup = setup
         self.model = network(setup)
-        self.columns = nn.Linear(setup.hidden, len(VOCABULARY))  # <pad> is CTC's blank
+        self.rows = setup.image[0] // setup.patch[0]
+        columns = setup.image[1] // setup.patch[1]
+        self.readings = -(-POSITIONS // columns)  # of a column, from left to right, so that there are enough
+        self.columns = nn.Linear(setup.hidden, self.readings * len(VOCABULARY))  # <pad> is CTC's blank
 
     def forward(self, pixel_values: Tensor, tokens: Tensor, lengths: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """pixel_values (B, 3, H, W), tokens (B, LONGEST + 2), lengths of the texts (B,) on the CPU, and the decoder's
@@ -158,9 +177,9 @@ class Learner(nn.Module):
         logits = self.model.decoder(input_ids=inputs, encoder_hidden_states=hidden, use_cache=False).logits
         reading = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
 
-        rows = HEIGHT // self.setup.patch[0]
-        grid = hidden[:, 1:].unflatten(1, (rows, -1))  # without the class token
-        steps = self.columns(grid.mean(dim=1)).float().log_softmax(dim=-1).transpose(0, 1)
+        grid = hidden[:, 2 if self.setup.distilled else 1 :].unflatten(1, (self.rows, -1))  # the patches
+        read = self.columns(grid.mean(dim=1)).unflatten(2, (self.readings, -1)).flatten(1, 2)
+        steps = read.float().log_softmax(dim=-1).transpose(0, 1)
         counts = torch.full_like(lengths, len(steps))
         columns = functional.ctc_loss(steps, tokens[:, 1:-1], counts, lengths, blank=PAD, zero_infinity=True)
         return reading, columns
@@ -311,7 +330,7 @@ class Training:
         torch.manual_seed(seed)  # for what is drawn on the CPU
         generator = torch.Generator(self.device).manual_seed(seed)
         ink, tokens, lengths = self.stock.draw(torch.default_generator)
-        pixel_values = photograph(ink, generator) * 2 - 1
+        pixel_values = fitted(photograph(ink, generator), self.setup.image) * 2 - 1
         inputs = tokens[:, :-1]
         other = torch.randint(FIRST_CHARACTER, len(VOCABULARY), inputs.shape, generator=generator, device=self.device)
         misread = torch.rand(inputs.shape, generator=generator, device=self.device) < self.setup.misread
@@ -379,7 +398,7 @@ def store(model: VisionEncoderDecoderModel, folder: Path) -> None:
         "image_processor_type": "ViTImageProcessor",
         "processor_class": "TrOCRProcessor",
         "do_resize": True,
-        "size": {"height": HEIGHT, "width": WIDTH},
+        "size": {"height": model.config.encoder.image_size[0], "width": model.config.encoder.image_size[1]},
         "resample": int(Image.Resampling.BILINEAR),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -413,7 +432,8 @@ def report(training: Training, folder: Path, fonts: Path, batch: int) -> None:
         "scores": found,
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
-    (folder / "README.md").write_text(card(figures), encoding="utf-8")
+    if setup != SMALL:  # which is no demo
+        (folder / "README.md").write_text(card(figures), encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
@@ -429,9 +449,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that print lines (all cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--setup", choices=SETUPS, default="demo", help="which network (demo); small: as the published one"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny network, six steps, no workers")
     arguments = parser.parse_args()
-    setup, steps, workers = Setup(), arguments.steps, arguments.workers
+    setup, steps, workers = SETUPS[arguments.setup], arguments.steps, arguments.workers
     if arguments.smoke:
         setup, steps, workers = SMOKE, steps or 6, 0
     torch.set_float32_matmul_precision("high")

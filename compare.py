@@ -7,6 +7,7 @@
     python compare.py restormer --baseline build-plain --trt-python python3.9
     python compare.py restormer --write-samples samples/                  store the built-in samples as files, and stop
     python compare.py restormer --find-drift                              search for nodes that FP16 ruins, and stop
+    python compare.py restormer --ablation --precision fp16               time each plugin by itself, and stop
 
 Each executor runs in a process of its own, on the same inputs:
 
@@ -27,6 +28,11 @@ memory piece by piece and is timed in one pass; the built-in samples are timed i
 --find-drift runs the patched graphs tensor by tensor, see models/drift.py, and leaves build/<model>/drift.md, where the
 error of each tensor is, and keep-fp32.txt, which `surgeon.py --keep-fp32` takes.
 
+--ablation builds every plugin's subgraph twice as a small engine, as the plugin and as TensorRT's own layers, also for
+plugins that are off by default, at every size that the parts are timed at.  It leaves build/<model>/ablation.md and
+ablation.json.  Names of plugins and --sizes make it quicker: `--ablation depthwise_conv pixel_shuffle --sizes 1`; what
+an earlier run has measured with the same library, TensorRT and GPU stays in the table.
+
 Leaves build/<model>/report.md, report.json and report.png, and the pictures that report.md shows in report/.  Exit
 status 1 when a bar is missed or an executor fails.
 """
@@ -34,6 +40,7 @@ status 1 when a bar is missed or an executor fails.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import platform
@@ -45,20 +52,32 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, FrozenSet, List, Optional, Tuple
+from typing import IO, TYPE_CHECKING, Any, Dict, FrozenSet, List, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
-from build_engine import gpu_name
-from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
-from models import drift
+import plugins
+from build_engine import TensorRT, describe, find_tensorrt, for_this_gpu, gpu_name, graph_for_parser, identity
+from infer_trt import Call, DeviceArray, OnnxRuntimeExecutor, TensorRTExecutor
+from models import ablation, drift
 from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
 from models.report import LISTED, REFERENCE, number, show, write_report
-from models.spec import AnySample, Bar, Executor, LoadedModel, ModelSpec, Part, StoredSample, Unusable
+from models.spec import (
+    AnySample,
+    Bar,
+    Executor,
+    LoadedModel,
+    ModelSpec,
+    Part,
+    StoredSample,
+    Unusable,
+    loop_of_runs,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -82,6 +101,10 @@ PART_ERROR = "part max abs"  # the metric of a bar on all parts
 MOST_TRIALS = 50  # runs of the whole model to make a set of nodes smaller
 PICTURES = "report"  # folder beside report.md
 DONE = "samples done:"  # how a worker's lines on progress begin
+READY = "ready"  # what a worker says that waits for nodes
+ROW = "measured:"  # how its answers begin
+RUNS = 10  # of an engine in one CUDA graph: its launch takes as long as a small kernel
+COMPARED = 1 << 24  # values of a large image that are compared
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,12 +124,14 @@ class Task:
 class Measurement:
     """What a worker hands back, beside the end results.
 
-    parts       part → output → array, on the part inputs that the reference recorded
+    parts       part → output → array, on the part inputs that the reference recorded; without integers, of which
+                another one is no error of rounding
     part_ms     part → latencies in ms, transfers included
     total_ms    latencies in ms of all samples together, from loaded image to result; one for each pass
     sized       a part at some size → output → array, on random inputs: what users see, else the part's first output
     timed_ms    what was timed beside the samples (a part at some size, a whole call) → latencies in ms
-    layer_ms    (part, plugin, module of the network) → time in ms of the layers of an engine that do this plugin's work
+    layer_ms    (part at some size, plugin, module of the network) → time in ms of the layers of an engine that do this
+                plugin's work
     environment the versions that took part
     """
 
@@ -163,6 +188,11 @@ class TorchExecutor:
             for tensor, value in zip(self.parts[part].outputs, values)
         }
 
+    def loop(
+        self, part: str, inputs: Mapping[str, Any], carried: Mapping[str, str], times: int, until: Optional[str] = None
+    ) -> Dict[str, Any]:
+        return loop_of_runs(self, part, inputs, carried, times, until)
+
     def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
         return self.parts[part].limits()
 
@@ -215,8 +245,9 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
             run_batch = loaded.original or partial(spec.run, executor, settings, folder.path)
             whole = loaded.workloads()
     elif kind == "tensorrt":
-        executor = TensorRTExecutor(folder, precision)
-        environment["TensorRT"] = manifest["engines"][precision][folder.parts()[0].name]["tensorrt"]
+        tensorrt_executor = TensorRTExecutor(folder, precision)
+        executor = tensorrt_executor
+        environment[tensorrt_executor.tensorrt.name] = tensorrt_executor.tensorrt.version
     else:
         import onnxruntime
 
@@ -230,7 +261,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
     for name, inputs in pickle.loads((shared / "part_inputs.pickle").read_bytes()).items():
         part = next(part for part in folder.parts() if part.name == name)
         outputs, part_ms[name] = timed(partial(executor.run, name, inputs))
-        parts[name] = {tensor.name: as_numpy(outputs[tensor.name]) for tensor in part.outputs}
+        parts[name] = {tensor.name: as_numpy(outputs[tensor.name]) for tensor in part.outputs if tensor.is_float}
     total_ms = run_samples(run_batch, task, spec.batch_size, results_path(shared, label))
     sized: Dict[str, Dict[str, np.ndarray]] = {}
     timed_ms: Dict[str, List[float]] = {}
@@ -241,16 +272,17 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         for part in folder.parts():
             for name, inputs in random_inputs(part, executor.limits(part.name)):
                 outputs = executor.run(part.name, inputs)
-                seen = [tensor.name for tensor in part.outputs if not tensor.internal] or [part.outputs[0].name]
+                floats = [tensor for tensor in part.outputs if tensor.is_float]
+                seen = [tensor.name for tensor in floats if not tensor.internal] or [floats[0].name]
                 sized[name] = {output: as_numpy(outputs[output]) for output in seen}
                 timed_ms[name] = executor.latencies(part.name, inputs, 4 * REPEATS)
     layer_ms: Dict[Tuple[str, str, str], float] = {}
     if isinstance(executor, TensorRTExecutor):
         for part in folder.parts():
             owners = manifest["patched"][precision][part.name]["owners"]
-            _, inputs = next(random_inputs(part, executor.limits(part.name)))
-            times = executor.layer_times(part.name, inputs, 4 * REPEATS)
-            layer_ms.update({(part.name, *key): value for key, value in by_plugin(times, owners).items()})
+            for name, inputs in random_inputs(part, executor.limits(part.name)):
+                times = executor.layer_times(part.name, inputs, 4 * REPEATS)
+                layer_ms.update({(name, *key): value for key, value in by_plugin(times, owners).items()})
     measurement = Measurement(parts, part_ms, total_ms, sized, timed_ms, layer_ms, environment)
     (shared / f"{label}.pickle").write_bytes(pickle.dumps(measurement, protocol=4))
 
@@ -259,12 +291,13 @@ def by_plugin(times: Mapping[str, float], owners: Mapping[str, str]) -> Dict[Tup
     """(plugin, module of the network) → time in ms of the layers that do its work.
 
     times   layer → ms; an engine's layer is called after the nodes that it computes, or that it reformats for
-    owners  node → plugin; nodes are called after the modules that they come from
+    owners  node → plugin; nodes that come from a module are called `module.of.module/…`
     """
     sums: Dict[Tuple[str, str], float] = {}
     for layer, ms in times.items():
         node = next((word for word in re.split(r"[\s{}\[\]()|+,]+|\.\.\.", layer) if word in owners), None)
-        found = (owners[node], node.partition(".")[0].partition("/")[0]) if node else ("other layers", "")
+        scope = node.rpartition("/")[0] if node else ""
+        found = (owners[node] if node else "other layers", scope.partition(".")[0])
         sums[found] = sums.get(found, 0.0) + ms
     return sums
 
@@ -275,10 +308,9 @@ def random_inputs(part: Part, limits: Mapping[str, Tuple[int, int]]) -> Iterator
     for sizes in part.time_at:
         if any(not low <= sizes[name] <= high for name, (low, high) in limits.items()):
             continue
-        listed = ", ".join(f"{name} {value}" for name, value in sizes.items() if name != "input_ids")
         values = random.random(1_000_003, dtype=np.float32)  # repeated: gigabytes of random numbers take their time
         yield (
-            f"{part.name}, {listed}",
+            f"{part.name}, {ablation.listed(sizes)}",
             {
                 tensor.name: np.full(tensor.sizes(sizes), sizes[tensor.name], tensor.dtype)
                 if tensor.name in sizes
@@ -487,8 +519,9 @@ def output_groups(parts: Sequence[Part]) -> Dict[str, Tuple[str, List[str]]]:
     parts see in one."""
     groups = {}
     for part in parts:
-        internal = [tensor.name for tensor in part.outputs if tensor.internal]
-        for tensor in part.outputs:
+        floats = [tensor for tensor in part.outputs if tensor.is_float]
+        internal = [tensor.name for tensor in floats if tensor.internal]
+        for tensor in floats:
             if not tensor.internal or len(internal) == 1:
                 groups[f"{part.name}: {tensor.name}"] = (part.name, [tensor.name])
         if len(internal) > 1:
@@ -506,27 +539,34 @@ def judge(bar: Bar, value: float) -> Dict[str, Any]:
 
 def run_worker(folder: BuildFolder, label: str, shared: Path, python: str, count: int) -> Optional[str]:
     """Runs `label` in a process of its own, which will report on `count` images; returns why it failed, or None."""
-    command = [python, __file__, folder.spec.name, "--build-dir", str(folder.path.parent)]
-    # packages of this interpreter are none of another's
-    environment = {**os.environ, "PYTHONPATH": ""} if python != sys.executable else None
     with (shared / "errors").open("w+", errors="replace") as errors:
-        process = subprocess.Popen(
-            [*command, "--worker", label, str(shared)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            errors="replace",
-        )
+        process = started(folder, python, errors, "--worker", label, str(shared))
         with process, tqdm(total=count, desc=label, unit="image", disable=None, leave=False) as shown:
             assert process.stdout is not None
             for line in process.stdout:  # what libraries print passes unseen
                 if line.startswith(DONE):
                     shown.update(int(line[len(DONE) :]))
-        if process.returncode == 0:
-            return None
-        errors.seek(0)
-        lines = [line for line in errors.read().splitlines() if line.strip()]
+        return None if process.returncode == 0 else last_words(process, errors)
+
+
+def started(folder: BuildFolder, python: str, errors: IO[str], *arguments: str) -> subprocess.Popen[str]:
+    """This script as a worker on a build folder."""
+    return subprocess.Popen(
+        [python, __file__, folder.spec.name, "--build-dir", str(folder.path.parent), *arguments],
+        # packages of this interpreter are none of another's
+        env={**os.environ, "PYTHONPATH": ""} if python != sys.executable else None,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        errors="replace",
+    )
+
+
+def last_words(process: subprocess.Popen[str], errors: IO[str]) -> str:
+    """Why a worker failed."""
+    errors.seek(0)
+    lines = [line for line in errors.read().splitlines() if line.strip()]
     return lines[-1] if lines else f"ended with status {process.returncode}"
 
 
@@ -613,20 +653,27 @@ def compare(
 
 
 def machine() -> str:
-    """The processor, and the GPU where one is there."""
+    """The processor, and the GPU that is used where one is there."""
     cpu = platform.processor() or platform.machine()
     try:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
     except OSError:
         pass
-    parts = [f"{cpu}, {os.cpu_count()} cores"]
+    return "; ".join([f"{cpu}, {os.cpu_count()} cores", gpu()])
+
+
+def gpu() -> str:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves, with its driver's version where nvidia-smi tells."""
+    name = gpu_name()
+    if name is None:
+        return "no GPU"
     try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        parts.append(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        versions = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
-        parts.append("no GPU")
-    return "; ".join(parts)
+        versions = []
+    return ", driver ".join([name, *versions[:1]])  # all GPUs have one driver
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,6 +721,7 @@ class Fp16Trials:
             for part in parts
             for inputs in self.folder.check_inputs(part)
             for output in executor.run(part.name, inputs).values()
+            if output.dtype.kind == "f"
         ]
         batches = [self.items[start : start + spec.batch_size] for start in range(0, len(self.items), spec.batch_size)]
         results = [result for items in batches for result in spec.run(executor, settings, self.folder.path, items)]
@@ -746,6 +794,270 @@ def find_drift(folder: BuildFolder, samples: Sequence[AnySample]) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Single plugins
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Series(Call):
+    """A call that runs RUNS times in a row."""
+
+    def enqueue(self, stream: Any) -> None:
+        for _ in range(RUNS):
+            super().enqueue(stream)
+
+
+class SingleNodes(TensorRTExecutor):
+    """Runs engines of static shapes, whose images may be channel-last (HWC8) in memory: all inputs and outputs stay on
+    the GPU."""
+
+    def prepared(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
+        call = super().prepared(part, given, kept=True)
+        return Series(call.context, call.arrays, call.staged)
+
+    def profile_sizes(self, part: str, profile: int, which: int) -> Dict[str, int]:
+        return {}
+
+    def output(self, key: Tuple[str, str, Tuple[int, ...]], dtype: np.dtype, taken: Collection[int]) -> DeviceArray:
+        part, name, shape = key
+        return replace(DeviceArray.empty(self.stored_shape(part, name, shape), dtype), shape=shape)
+
+    def channel_last(self, part: str, name: str) -> bool:
+        return self.engines[part].get_tensor_format(name) == self.tensorrt.module.TensorFormat.HWC8
+
+    def stored_shape(self, part: str, name: str, shape: Tuple[int, ...]) -> Tuple[int, ...]:
+        """HWC8 pads pixels to a multiple of 8 channels."""
+        if not self.channel_last(part, name):
+            return shape
+        batch, channels, height, width = shape
+        return batch, height, width, -(-channels // 8) * 8
+
+    def upload_array(self, part: str, name: str, values: np.ndarray) -> DeviceArray:
+        dtype = self.dtypes[part, name]
+        stored = np.zeros(self.stored_shape(part, name, values.shape), dtype)
+        if self.channel_last(part, name):
+            stored[..., : values.shape[1]] = values.transpose(0, 2, 3, 1)
+        else:
+            stored[...] = values
+        array = DeviceArray.empty(stored.shape, dtype)
+        self.cuda.memcpy_htod(array.address, stored)
+        return replace(array, shape=values.shape)
+
+    def download(self, part: str, name: str, array: DeviceArray) -> np.ndarray:
+        """An output in FP32; of a large image only every n-th row."""
+        stored = replace(array, shape=self.stored_shape(part, name, array.shape)).to_host()
+        rows = slice(None, None, 1 + stored.size // COMPARED)
+        if self.channel_last(part, name):
+            stored = stored[:, rows, :, : array.shape[1]].transpose(0, 3, 1, 2)
+        elif stored.ndim == 4:
+            stored = stored[:, :, rows]
+        return stored.astype(np.float32)
+
+
+def built_alone(tensorrt: TensorRT, source: Path, precision: str, timings: Path) -> bytes:
+    """The engine of a graph with static shapes, as `build_engine.build` makes it, but for images in FP16: they may be
+    channel-last at its ends, where TensorRT is quicker so, as they are between the layers of a network."""
+    trt = tensorrt.module
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(tensorrt.network_flags)
+    onnx_parser = trt.OnnxParser(network, logger)
+    if not onnx_parser.parse(graph_for_parser(source, not tensorrt.builds_without_gpu)):
+        errors = [describe(onnx_parser.get_error(index)) for index in range(onnx_parser.num_errors)]
+        raise Unusable(f"{tensorrt} cannot parse {source.name}: {'; '.join(errors)}")
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    tensors += [network.get_output(index) for index in range(network.num_outputs)]
+    for tensor in tensors:
+        if len(tensor.shape) == 4 and tensor.dtype == trt.float16:
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR) | 1 << int(trt.TensorFormat.HWC8)
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if precision == "fp16" and not tensorrt.strongly_typed:
+        config.set_flag(trt.BuilderFlag.FP16)
+    if not tensorrt.builds_without_gpu:
+        for_this_gpu(trt, config)
+        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.is_file() else b""), False)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise Unusable(f"{tensorrt} failed to build {source.name}")
+    if not tensorrt.builds_without_gpu:
+        timings.write_bytes(config.get_timing_cache().serialize())
+    return bytes(engine)
+
+
+def measure_nodes(folder: BuildFolder) -> None:
+    """A worker: for each precision that a line of stdin names, builds and times the engines that the folder then has
+    graphs of, and answers with a line."""
+    tensorrt = find_tensorrt()
+    if tensorrt.builds_without_gpu:
+        raise Unusable(f"{tensorrt} runs no plugins")
+    plugins.load_library()
+    print(READY, flush=True)
+    for line in sys.stdin:
+        print(ROW, json.dumps(measure_node(folder, line.strip(), tensorrt)), flush=True)
+
+
+def measure_node(folder: BuildFolder, precision: str, tensorrt: TensorRT) -> Dict[str, Any]:
+    """The latencies in µs of the parts `layers` and `plugin`, and the largest difference of their outputs as a share of
+    the largest value."""
+    manifest = folder.manifest()
+    for part in folder.parts():
+        engine = built_alone(tensorrt, folder.onnx(part.name, precision), precision, folder.path / "timings")
+        folder.engine(part.name, precision).write_bytes(engine)
+    manifest["engines"] = {precision: {part.name: identity(tensorrt) for part in folder.parts()}}
+    folder.write_manifest(manifest)
+    executor = SingleNodes(folder, precision)
+    row: Dict[str, Any] = {"built_with": identity(tensorrt)}
+    results: Dict[str, List[np.ndarray]] = {}
+    for part in folder.parts():
+        ((_, values),) = random_inputs(part, {})
+        inputs = {name: executor.upload_array(part.name, name, array) for name, array in values.items()}
+        outputs = executor.run(part.name, inputs)
+        results[part.name] = [executor.download(part.name, name, array) for name, array in outputs.items()]
+        milliseconds = executor.latencies(part.name, inputs, 4 * REPEATS)
+        row[f"{part.name}_us"] = latency([1e3 * ms for ms in milliseconds], RUNS)
+    for call in executor.calls.values():
+        call.release()
+    errors = [np.abs(plugin - layers).max() for layers, plugin in zip(results["layers"], results["plugin"])]
+    largest = np.max([np.abs(layers).max() for layers in results["layers"]])
+    return {**row, "difference": float(np.max(errors) / max(largest, np.finfo(np.float32).tiny))}  # keeps NaN
+
+
+class NodeWorkers:
+    """Measures nodes in a process of its own; one that dies over a node makes way for another.
+
+    folder  where both sides expect the graphs
+    """
+
+    def __init__(self, folder: BuildFolder, python: str) -> None:
+        self.folder, self.python = folder, python
+        self.process: Optional[subprocess.Popen[str]] = None
+        self.errors = (folder.path / "errors").open("w+", errors="replace")
+
+    def __enter__(self) -> NodeWorkers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.end()
+        self.errors.close()
+
+    def measure(self, precision: str) -> Dict[str, Any]:
+        """What a worker answers, or {"failed": why}."""
+        if self.process is None:
+            self.errors.seek(0)
+            self.errors.truncate()
+            self.process = started(self.folder, self.python, self.errors, "--node-worker")
+            if answer_of(self.process, READY) is None:
+                raise Unusable(f"--ablation cannot begin: {self.end()}")
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has no answer then
+            print(precision, file=self.process.stdin, flush=True)
+        answer = answer_of(self.process, ROW)
+        return {"failed": self.end()} if answer is None else json.loads(answer)
+
+    def end(self) -> str:
+        """Waits for the process, and returns its last words."""
+        assert self.process is not None
+        process, self.process = self.process, None
+        process.communicate()
+        return last_words(process, self.errors)
+
+
+def answer_of(process: subprocess.Popen[str], begin: str) -> Optional[str]:
+    """The rest of the next line that begins so, None where there is none; what libraries print passes unseen."""
+    assert process.stdout is not None
+    return next((line[len(begin) :] for line in process.stdout if line.startswith(begin)), None)
+
+
+def write_node(kind: ablation.Kind, folder: BuildFolder, precisions: Sequence[str]) -> None:
+    """Makes the folder one whose parts are the kind's first node, as `plugin`, and its subgraph as TensorRT's `layers`.
+
+    Integers that a kernel would count up in place stay: run after run does the same.
+    """
+    import onnx
+
+    import surgeon
+
+    parts: Dict[str, Part] = {}
+    patched: Dict[str, Dict[str, Any]] = {precision: {} for precision in precisions}
+    for precision in precisions:
+        for name in ("layers", "plugin"):
+            graph, match = kind.isolated()
+            parts[name] = part = ablation.alone(name, graph, kind.sizes)
+            used = []
+            if name == "plugin":
+                surgeon.graft(graph, plugins.find(kind.plugin), match)
+                graph.cleanup()
+                used = [kind.plugin]
+            if precision == "fp16":
+                surgeon.to_fp16(graph, part, [node for node in graph.nodes if node.name in kind.in_fp32])
+            onnx.save(surgeon.finish(graph, used), folder.onnx(name, precision))
+            floats = {tensor.name for tensor in part.inputs if tensor.internal}
+            in_place = {made: taken for made, taken in surgeon.in_place(graph).items() if taken in floats}
+            patched[precision][name] = {"in_place": in_place}
+    folder.write_manifest({"parts": [part.to_json() for part in parts.values()], "settings": {}, "patched": patched})
+
+
+def node_kinds(folder: BuildFolder, wanted: Collection[str], sizes: Optional[int]) -> List[ablation.Kind]:
+    """All kinds of nodes of the plugins `wanted`, at the first `sizes` sizes of each part."""
+    import onnx
+
+    import surgeon
+
+    found: List[ablation.Kind] = []
+    for part in folder.parts():
+        plain = surgeon.grafted(folder, part, plugins.names())
+        matches = surgeon.find_matches(plain.graph, part, folder.onnx(part.name))
+        chosen = {name: matches[name] for name in matches if name in wanted}
+        if chosen:
+            model = onnx.load(folder.onnx(part.name))
+            for one in part.time_at[:sizes]:
+                found += ablation.kinds(part, model, chosen, plain.left, one)
+    return found
+
+
+def ablate(
+    folder: BuildFolder, wanted: Collection[str], precisions: Sequence[str], sizes: Optional[int], trt: str
+) -> int:
+    """Times plugins one by one against TensorRT's own layers; leaves ablation.md and ablation.json."""
+    if sizes is not None and sizes < 1:
+        raise Unusable("--sizes begins at 1")
+    parts = folder.parts()
+    patched = [key for key in precisions if all(folder.onnx(part.name, key).is_file() for part in parts)]
+    if not patched:
+        folder.require(folder.onnx(parts[0].name, precisions[0]), "surgeon.py", "--precision", precisions[0])
+    obstacle = "no GPU" if gpu_name() is None else tensorrt_obstacle(trt)
+    if obstacle is not None:
+        raise Unusable(f"--ablation needs TensorRT on a GPU: {obstacle}")
+    if plugins.library_path() is None:
+        raise Unusable("--ablation needs the plugin library: build it as plugins/CMakeLists.txt says")
+    kinds = node_kinds(folder, wanted, sizes)
+    if not kinds:
+        raise Unusable(f"{folder.spec.name} has nothing for {', '.join(sorted(wanted))} to replace")
+    rows: List[Dict[str, Any]] = []
+    earlier = ablation.rows_before(folder)
+    report: Dict[str, Any] = {
+        "model": folder.spec.name,
+        "weights": folder.manifest()["weights"],
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    with tempfile.TemporaryDirectory(dir=folder.path) as name:
+        scratch = BuildFolder(Path(name), folder.spec.name)
+        scratch.path.mkdir()
+        with NodeWorkers(scratch, trt) as workers:
+            for kind in tqdm(kinds, "nodes", unit="node", disable=None, leave=False):
+                write_node(kind, scratch, patched)
+                for precision in patched:
+                    rows.append({**kind.described(), "precision": precision, **workers.measure(precision)})
+                    tqdm.write(" | ".join([precision, *ablation.cells(rows[-1])]))
+                report["rows"] = ablation.joined(rows, earlier)
+                path = ablation.write(folder, report)  # each time: what is measured stays when the rest is too much
+    print(path)
+    return 1 if any("failed" in row or not np.isfinite(row["difference"]) for row in rows) else 0
+
+
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="(fp32 fp16)")
@@ -763,16 +1075,30 @@ def main() -> int:
     arguments.add_argument(
         "--find-drift", action="store_true", help="search for nodes that should not be computed in FP16, and stop"
     )
+    arguments.add_argument(
+        "--ablation",
+        nargs="*",
+        metavar="PLUGIN",
+        help="time plugins (all) by themselves against TensorRT's own layers, and stop",
+    )
+    arguments.add_argument("--sizes", type=int, metavar="N", help="--ablation at the first N sizes of each part (all)")
     arguments.add_argument("--worker", nargs=2, metavar=("LABEL", "FOLDER"), help=argparse.SUPPRESS)
+    arguments.add_argument("--node-worker", action="store_true", help=argparse.SUPPRESS)
     options = arguments.parse_args()
     folder = BuildFolder(options.build_dir, options.model)
     if options.worker:
         work(folder, options.worker[0], Path(options.worker[1]))
         return 0
+    if options.node_worker:
+        measure_nodes(folder)
+        return 0
     spec, settings = folder.spec, folder.manifest()["settings"]
     if options.write_samples:
         spec.write_samples(settings, options.write_samples)
         return 0
+    if options.ablation is not None:
+        wanted = [plugins.find(name).name for name in options.ablation] or plugins.names()
+        return ablate(folder, wanted, options.precision, options.sizes, options.trt_python)
     samples, data = samples_of(spec, settings, options.images, options.labels)
     if options.find_drift:
         return find_drift(folder, samples)
@@ -816,9 +1142,17 @@ def runnable(on_gpu: bool, trt_python: str) -> List[str]:
     """What compares well on this machine: torch.compile and TensorRT only with a GPU."""
     if not on_gpu:
         return ["pytorch", "onnxruntime", "patched"]
-    check = "import sys, infer_trt; sys.exit(infer_trt.tensorrt_obstacle() is not None)"
-    has_tensorrt = subprocess.run([trt_python, "-c", check], cwd=Path(__file__).parent, capture_output=True)
-    return [kind for kind in KINDS if kind != "tensorrt" or has_tensorrt.returncode == 0]
+    return [kind for kind in KINDS if kind != "tensorrt" or tensorrt_obstacle(trt_python) is None]
+
+
+def tensorrt_obstacle(python: str) -> Optional[str]:
+    """Why TensorRT cannot run here with that interpreter, or None if it can."""
+    check = "import sys, infer_trt; sys.exit(infer_trt.tensorrt_obstacle())"
+    try:
+        done = subprocess.run([python, "-c", check], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError as problem:
+        return f"{python}: {problem.strerror}"
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashes"])[-1]
 
 
 if __name__ == "__main__":

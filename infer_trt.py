@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import plugins
 from build_engine import find_tensorrt, gpu_name, identity
 from models.chain import PRECISIONS, BuildFolder, parser, run_script
-from models.spec import Executor, Unusable
+from models.spec import Executor, Unusable, loop_of_runs
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
 EXECUTORS = ("auto", "tensorrt", "onnxruntime")
@@ -66,6 +67,11 @@ class OnnxRuntimeExecutor:
         }
         names = [tensor.name for tensor in spec.outputs]
         return dict(zip(names, self.sessions[part].run(names, typed)))
+
+    def loop(
+        self, part: str, inputs: Mapping[str, Any], carried: Mapping[str, str], times: int, until: Optional[str] = None
+    ) -> Dict[str, Any]:
+        return loop_of_runs(self, part, inputs, carried, times, until)
 
     def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
         return self.parts[part].limits()
@@ -183,6 +189,7 @@ class TensorRTExecutor:
     """
 
     KEPT_CALLS = 32  # behind these, the least recently used one makes way
+    LOOK_EVERY = 2  # runs of a loop between two looks at whether it should end; some 1.5 times as many come too late
     WARM_UPS = 5
 
     def __init__(self, folder: BuildFolder, precision: str) -> None:
@@ -225,9 +232,11 @@ class TensorRTExecutor:
         self.zeroed: Dict[Any, DeviceArray] = {}
         self.produced: Dict[Any, List[DeviceArray]] = {}
         self.gathered: Dict[Any, DeviceArray] = {}
+        self.resident: Dict[Any, Tuple[DeviceArray, np.ndarray]] = {}
+        self.looks: Dict[Any, List[Tuple[np.ndarray, Any]]] = {}
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
-        call = self.uploaded(part, inputs)
+        call, _ = self.uploaded(part, inputs)
         call.launch(self.stream)
         outputs = [tensor.name for tensor in self.parts[part].outputs]
         for name in outputs:
@@ -235,6 +244,61 @@ class TensorRTExecutor:
                 self.cuda.memcpy_dtoh_async(call.staged[name], call.arrays[name].memory, self.stream)
         self.stream.synchronize()
         return {name: call.staged[name].copy() if name in call.staged else call.arrays[name] for name in outputs}
+
+    def loop(
+        self, part: str, inputs: Mapping[str, Any], carried: Mapping[str, str], times: int, until: Optional[str] = None
+    ) -> Dict[str, Any]:
+        """All runs are queued without waiting for one.  Whether to go on is read from a copy that was queued a look
+        before: the GPU is by then busy with later runs."""
+        given = {tensor.name: self.on_gpu(part, tensor.name, inputs[tensor.name]) for tensor in self.parts[part].inputs}
+        last: Optional[Tuple[np.ndarray, Any]] = None
+        for turn, call in zip(range(1, 1 + times), self.chain(part, given, carried)):
+            call.launch(self.stream)
+            if until is None or turn % self.LOOK_EVERY:
+                continue
+            flags, copied = look = self.look(call.arrays[until], turn // self.LOOK_EVERY)
+            self.cuda.memcpy_dtoh_async(flags, call.arrays[until].memory, self.stream)
+            copied.record(self.stream)
+            if last is not None:
+                last[1].synchronize()
+                if last[0].all():
+                    break
+            last = look
+        self.stream.synchronize()
+        internal = {tensor.name for tensor in self.parts[part].outputs if tensor.internal}
+        return {name: call.arrays[name] if name in internal else call.arrays[name].to_host() for name in carried}
+
+    def chain(self, part: str, given: Mapping[str, DeviceArray], carried: Mapping[str, str]) -> Iterator[Call]:
+        """The calls of a loop without end.  Memory that outputs take changes between two places at most, so calls soon
+        repeat: all of them are ready before the first is returned."""
+        calls: List[Call] = []
+        call = self.call(part, given, kept=True)
+        while call not in calls:
+            calls.append(call)
+            given = {**given, **{source: call.arrays[output] for output, source in carried.items()}}
+            call = self.call(part, given, kept=True)
+        yield from calls
+        yield from itertools.cycle(calls[calls.index(call) :])
+
+    def on_gpu(self, part: str, name: str, value: Any) -> DeviceArray:
+        """An input of a loop, which may overwrite it."""
+        if isinstance(value, DeviceArray):
+            return value
+        key, dtype = (part, name, value.shape), self.dtypes[part, name]
+        if key not in self.resident:
+            self.resident[key] = DeviceArray.empty(value.shape, dtype), self.cuda.pagelocked_empty(value.shape, dtype)
+        array, staged = self.resident[key]
+        staged[...] = value
+        self.cuda.memcpy_htod_async(array.address, staged, self.stream)
+        return array
+
+    def look(self, flags: DeviceArray, turn: int) -> Tuple[np.ndarray, Any]:
+        """Page-locked memory for a copy of the flags, and an event to mark it with: one of two pairs, in turns."""
+        if flags.shape not in self.looks:
+            self.looks[flags.shape] = [
+                (self.cuda.pagelocked_empty(flags.shape, flags.dtype), self.cuda.Event()) for _ in range(2)
+            ]
+        return self.looks[flags.shape][turn % 2]
 
     def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
         smallest, largest = (self.profile_sizes(part, 0, which) for which in (0, 2))
@@ -248,10 +312,15 @@ class TensorRTExecutor:
         )
 
     def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
-        call = self.uploaded(part, inputs)
+        call, given = self.uploaded(part, inputs)
+        # what a run overwrites in place; a cache may stay as it is left
+        restored = {tensor.name for tensor in self.parts[part].inputs if not tensor.internal}
+        restored &= set(self.in_place[part].values())
         begin, end = self.cuda.Event(), self.cuda.Event()
         measured = []
         for _ in range(self.WARM_UPS + repeats):
+            self.upload(call, {name: given[name] for name in restored})
+            self.stream.synchronize()
             begin.record(self.stream)
             call.launch(self.stream)
             end.record(self.stream)
@@ -277,21 +346,27 @@ class TensorRTExecutor:
         self.stream.synchronize()
         call.context.profiler = profiler
         for _ in range(repeats):
+            self.upload(call, given)
             call.enqueue(self.stream)
             self.stream.synchronize()
         return {layer: float(np.median(times)) for layer, times in profiler.times.items()}
 
-    def uploaded(self, part: str, inputs: Mapping[str, Any]) -> Call:
-        """The call for these inputs, with those that come from the host on their way."""
+    def uploaded(self, part: str, inputs: Mapping[str, Any]) -> Tuple[Call, Mapping[str, Any]]:
+        """The call for these inputs, with those that come from the host on their way; and the inputs that it takes."""
         given = {tensor.name: inputs[tensor.name] for tensor in self.parts[part].inputs}
+        call = self.call(part, given)
+        self.upload(call, given)
+        return call, given
+
+    def call(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
+        """The call for these inputs; one whose outputs are all `kept` on the GPU, or only the internal ones."""
         addresses = (value.address if isinstance(value, DeviceArray) else None for value in given.values())
-        key = (part, *addresses, *(value.shape for value in given.values()))
+        key = (part, kept, *addresses, *(value.shape for value in given.values()))
         if key not in self.calls:
-            self.calls[key] = self.prepared(part, given)
+            self.calls[key] = self.prepared(part, given, kept)
             if len(self.calls) > self.KEPT_CALLS:
                 self.calls.popitem(last=False)[1].release()
         self.calls.move_to_end(key)
-        self.upload(self.calls[key], given)
         return self.calls[key]
 
     def upload(self, call: Call, given: Mapping[str, Any]) -> None:
@@ -300,7 +375,7 @@ class TensorRTExecutor:
                 call.staged[name][...] = value
                 self.cuda.memcpy_htod_async(call.arrays[name].address, call.staged[name], self.stream)
 
-    def prepared(self, part: str, given: Mapping[str, Any]) -> Call:
+    def prepared(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
         """A context for inputs of these shapes, with arrays for all that is not yet on the GPU."""
         spec = self.parts[part]
         context = self.tensorrt.context(self.engines[part], int(self.scratch), self.scratch_bytes)
@@ -324,10 +399,11 @@ class TensorRTExecutor:
             shape, dtype = tuple(context.get_tensor_shape(tensor.name)), self.dtypes[part, tensor.name]
             if tensor.name in self.in_place[part]:
                 arrays[tensor.name] = arrays[self.in_place[part][tensor.name]]
-            elif tensor.internal:
+            elif tensor.internal or kept:
                 arrays[tensor.name] = self.output((part, tensor.name, shape), dtype, taken)
             else:
                 arrays[tensor.name] = DeviceArray.empty(shape, dtype)
+            if not (tensor.internal or kept):
                 staged[tensor.name] = self.cuda.pagelocked_empty(shape, dtype)
         return Call(context, arrays, staged)
 

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -133,20 +133,39 @@ def difference_tables(rows: Mapping[str, Mapping[str, Any]], samples: int) -> Li
 
 
 def layer_table(rows: Mapping[str, Mapping[str, Any]]) -> List[str]:
-    """What each plugin costs beside the layers that it replaces."""
-    by_label = {
-        label: {tuple(key): ms for *key, ms in row["layer_ms"]} for label, row in rows.items() if row["layer_ms"]
-    }
-    if not by_label:
+    """What each plugin costs beside the layers that it replaces: at every size, and by module at the first."""
+    entries = [(label, *entry) for label, row in rows.items() for entry in row["layer_ms"]]
+    if not entries:
         return []
-    keys = sorted({key for times in by_label.values() for key in times})
+    first = {name.partition(",")[0]: name for _, name, *_ in reversed(entries)}  # size of each part
+    modules = {part: {entry[3] for entry in entries if entry[1] == name} - {""} for part, name in first.items()}
     lines = ["## Layer times", ""]
-    lines += ["Medians in ms of the layers that do a plugin's work, reformats for them included, at the size that is"]
-    lines += ["timed first.  Layers are timed one by one, so that their sum exceeds the latency.", ""]
-    return lines + table(
-        ["part", "plugin", "module", *by_label],
-        [[*key, *(number(times.get(key)) for times in by_label.values())] for key in keys],
-    )
+    lines += ["Medians in ms of the layers that do a plugin's work, reformats for them included.  Layers are timed one"]
+    lines += ["by one, so that their sum exceeds the latency.", ""]
+    lines += sums(["part", "plugin"], [(label, (name, plugin), ms) for label, name, plugin, _, ms in entries])
+    by_module = [
+        (label, (part, plugin, module or "elsewhere"), ms)
+        for part, size in first.items()
+        for label, name, plugin, module, ms in entries
+        if name == size and len(modules[part]) > 1
+    ]
+    if by_module:
+        lines += ["The same by module of the network, at the size that is timed first.", ""]
+        lines += sums(["part", "plugin", "module"], by_module)
+    return lines
+
+
+def sums(columns: Sequence[str], entries: Sequence[Tuple[str, Tuple[str, ...], float]]) -> List[str]:
+    """(executor, key, ms) as a table: for each key the executors' sums; keys come in the order of their first parts."""
+    labels = list(dict.fromkeys(label for label, _, _ in entries))
+    names = list(dict.fromkeys(key[0] for _, key, _ in entries))
+    totals: Dict[Tuple[str, ...], Dict[str, float]] = {}
+    for label, key, ms in entries:
+        times = totals.setdefault(key, {})
+        times[label] = times.get(label, 0.0) + ms
+    ordered = sorted(totals, key=lambda key: (names.index(key[0]), key))
+    rows = [[*key, *(number(totals[key].get(label)) for label in labels)] for key in ordered]
+    return table([*columns, *labels], rows)
 
 
 def summary(report: Mapping[str, Any]) -> List[List[str]]:

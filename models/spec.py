@@ -57,6 +57,10 @@ class TensorSpec:
     shape: Tuple[Union[int, str], ...]
     internal: bool = False
 
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith("float")
+
     def sizes(self, dims: Mapping[str, int]) -> Tuple[int, ...]:
         """The shape with every name replaced by its size in `dims`."""
         return tuple(dims[size] if isinstance(size, str) else size for size in self.shape)
@@ -142,6 +146,16 @@ class Executor(Protocol):
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
         """Runs `part` on inputs by name and returns its outputs by name."""
 
+    def loop(
+        self, part: str, inputs: Mapping[str, Any], carried: Mapping[str, str], times: int, until: Optional[str] = None
+    ) -> Dict[str, Any]:
+        """Runs `part` again and again, and returns the `carried` outputs of its last run.
+
+        carried  output → the input that it is in the next run
+        times    of runs, at least one; fewer where `until`, a carried output, is nonzero everywhere.  An executor may
+                 see that some runs late: those must not change what the caller looks at
+        """
+
     def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
         """The smallest and the largest size of each dim of `part`."""
 
@@ -153,6 +167,24 @@ class Executor(Protocol):
 
     def rows(self, value: Any, indices: np.ndarray) -> Any:
         """An internal value whose row i is `value`'s row `indices[i]` (axis 0)."""
+
+
+def loop_of_runs(
+    executor: Executor,
+    part: str,
+    inputs: Mapping[str, Any],
+    carried: Mapping[str, str],
+    times: int,
+    until: Optional[str] = None,
+) -> Dict[str, Any]:
+    """`Executor.loop` of an executor that has nothing to gain but by running the part."""
+    given = dict(inputs)
+    for _ in range(times):
+        outputs = executor.run(part, given)
+        given.update((source, outputs[output]) for output, source in carried.items())
+        if until is not None and np.all(outputs[until]):
+            break
+    return {output: outputs[output] for output in carried}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from surgeon import finish, graft
 
 # The functions compute in FP32 and round once, to the type of the input: half a unit in the last place of a value near
 # one, and some rounding of FP32 sums over up to a few hundred terms.
-TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float16): 1e-3}
+TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float16): 1e-3, np.dtype(np.int32): 0}
 
 
 def one_node_model(
@@ -29,7 +29,7 @@ def one_node_model(
 ) -> onnx.ModelProto:
     """A model whose graph is a single node of the plugin's operator, with its function.
 
-    The rank and type of output i are those of input i or, beyond them, of the first input.
+    An output that may take an input's memory is of its type, all others of the first input's.
     """
     arrays = list(inputs.values())
     node = helper.make_node(
@@ -41,7 +41,7 @@ def one_node_model(
         plugin_namespace=plugins.DOMAIN,
         **attributes,
     )
-    dtype = helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
+    dtypes = [helper.np_dtype_to_tensor_dtype(array.dtype) for array in arrays]
     graph = helper.make_graph(
         [node],
         plugin.name,
@@ -49,7 +49,10 @@ def one_node_model(
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
             for name, array in inputs.items()
         ],
-        [helper.make_tensor_value_info(f"out{index}", dtype, None) for index in range(outputs)],
+        [
+            helper.make_tensor_value_info(f"out{index}", dtypes[plugin.in_place.get(index, 0)], None)
+            for index in range(outputs)
+        ],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(plugins.DOMAIN, 1)]
     return helper.make_model(graph, functions=[plugin.function], opset_imports=opsets, ir_version=8)

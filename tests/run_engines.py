@@ -29,7 +29,7 @@ def main() -> None:
     build_dir, model, precision = sys.argv[1:]
     folder = BuildFolder(Path(build_dir), model)
     executor = TensorRTExecutor(folder, precision)
-    results: Dict[str, Dict[str, np.ndarray]] = {part.name: {} for part in folder.parts()}
+    results: Dict[str, Dict[str, Any]] = {part.name: {} for part in folder.parts()}
     free = []
     for turn in range(ROUNDS):
         for call in executor.calls.values():

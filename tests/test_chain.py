@@ -107,7 +107,8 @@ def test_fp16_graph_takes_and_gives_what_the_model_does(built):
     graph = onnx.load(built / "trocr" / "step.fp16.onnx").graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     assert types.pop("logits") == single
-    assert types.pop("input_ids") == types.pop("position") == integer
+    for name in ("sequences", "position", "finished"):
+        assert types.pop(name) == types.pop(f"next_{name}") == integer
     assert set(types.values()) == {half}
     graph = onnx.load(built / "restormer" / "network.fp16.onnx").graph
     assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {single}

@@ -33,19 +33,24 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_name() is None, reason="no
 TOLERANCE = {"fp32": 2e-5, "fp16": 2e-3}
 
 
+# integer inputs and outputs, and what they are smaller than; 0 stands for the length
+STATE = {"sequences": 100, "position": 0, "finished": 2}
+INTEGERS = {**STATE, **{f"next_{name}": bound for name, bound in STATE.items()}}
+
+
 @dataclass(frozen=True)
 class Case:
     """A node of a plugin's operator, and the sizes at which its engine runs.
 
-    inputs, outputs  name → shape, in sizes and names of dims; integers where the name is `position`
-    weights          name → shape of constants
+    inputs, outputs  name → shape, in sizes and names of dims; integers where the name is one of INTEGERS
+    weights          name → shape of constants, or integers
     order            of the node's inputs: first inputs, then weights, unless it is given
     sizes            of all dims; the first is what the engine is tuned for
     """
 
     plugin: str
     inputs: Mapping[str, Sequence[int | str]]
-    weights: Mapping[str, Sequence[int]]
+    weights: Mapping[str, Sequence[int] | np.ndarray]
     outputs: Mapping[str, Sequence[int | str]]
     sizes: Sequence[Mapping[str, int]]
     attributes: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +65,7 @@ class Case:
     def part(self) -> Part:
         def tensors(shapes: Mapping[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
             return tuple(
-                TensorSpec(name, "int32" if name == "position" else "float32", tuple(shape), name != "position")
+                TensorSpec(name, "int32" if name in INTEGERS else "float32", tuple(shape), name not in INTEGERS)
                 for name, shape in shapes.items()
             )
 
@@ -96,7 +101,9 @@ class Case:
             [values[name] for name in self.inputs],
             [values[name] for name in self.outputs],
             [
-                numpy_helper.from_array(random.uniform(0.5, 1.5, shape).astype(dtype), name)
+                numpy_helper.from_array(
+                    shape if isinstance(shape, np.ndarray) else random.uniform(0.5, 1.5, shape).astype(dtype), name
+                )
                 for name, shape in self.weights.items()
             ],
         )
@@ -109,7 +116,7 @@ class Case:
             {
                 tensor.name: random.standard_normal(tensor.sizes(sizes), np.float32)
                 if tensor.internal
-                else random.integers(0, sizes["length"], tensor.shape, np.int32)
+                else random.integers(0, INTEGERS[tensor.name] or sizes["length"], tensor.sizes(sizes), np.int32)
                 for tensor in self.part.inputs
             }
             for sizes in self.sizes
@@ -186,6 +193,23 @@ CASES = [
         order=("qkv", "temperature", "weight", "bias", "residual"),
     ),
     Case(
+        "gated_feed_forward",
+        {"x": IMAGE_48},
+        {
+            "norm_weight": [48],
+            "norm_bias": [48],
+            "project_in": [256, 48, 1, 1],
+            "project_in_bias": [256],
+            "depthwise": [256, 1, 3, 3],
+            "depthwise_bias": [256],
+            "project_out": [48, 128, 1, 1],
+            "project_out_bias": [48],
+        },
+        {"y": IMAGE_48},
+        IMAGES,
+        dict(epsilon=1e-5, subtract_mean=1, channels=256),
+    ),
+    Case(
         "pixel_unshuffle",
         {"x": ("batch", 3, 24, 40)},
         {},
@@ -225,6 +249,42 @@ CASES = [
         {"y": TOKEN},
         ROWS,
         dict(scale=0.125),
+    ),
+    Case(
+        "layer_norm_linear",
+        {"x": TOKEN},
+        {"gamma": [512], "beta": [512], "weight": [1100, 512], "bias": [1100]},
+        {"h": TOKEN, "y": ("batch", 1, 1100)},
+        [dict(batch=batch) for batch in (16, 1, 32, 3)],
+        dict(epsilon=1e-5, activation=1),
+    ),
+    Case(
+        "layer_norm_qkv",
+        {"x": TOKEN},
+        {"gamma": [512], "beta": [512], "weight": [1536, 512], "bias": [1536]},
+        {"h": TOKEN, "y0": TOKEN, "y1": TOKEN, "y2": TOKEN},
+        [dict(batch=batch) for batch in (16, 1, 32, 3)],
+        dict(epsilon=1e-5),
+    ),
+    Case(
+        "linear_residual",
+        {"x": ("batch", 1, 2048), "residual": TOKEN},
+        {"weight": [512, 2048], "bias": [512]},
+        {"y": TOKEN},
+        [dict(batch=batch) for batch in (16, 1, 32, 3)],
+        order=("x", "weight", "bias", "residual"),
+    ),
+    Case(
+        "greedy_choice",
+        {"logits": ("batch", 5000), "sequences": ("batch", "length"), "position": (1,), "finished": ("batch",)},
+        {
+            "allowed_from": np.arange(5000, dtype=np.int32) % 50,
+            "forced": np.array([7, -1, -1, 9, -1], np.int32),
+            "ends": np.array([2, 7], np.int32),
+        },
+        {"next_sequences": ("batch", "length"), "next_position": (1,), "next_finished": ("batch",)},
+        ROWS,
+        dict(pad=1),
     ),
 ]
 
@@ -278,13 +338,14 @@ def test_engine_computes_what_the_function_says(ran, case):
     dtype = np.float16 if precision == "fp16" else np.float32
     outputs = np.load(folder.path / f"{case.plugin}.{precision}.outputs.npz")
     for number, inputs in enumerate(folder.check_inputs(case.part)):
-        typed = {name: values.astype(dtype) if name != "position" else values for name, values in inputs.items()}
+        typed = {name: values.astype(dtype) if name not in INTEGERS else values for name, values in inputs.items()}
         for name, expected in zip(case.outputs, session.run(list(case.outputs), typed)):
             first, second = (outputs[f"{turn}/{number}/{name}"] for turn in range(2))
             assert first.shape == expected.shape
             scale = max(1.0, float(np.abs(expected.astype(np.float32)).max()))
             error = np.abs(first.astype(np.float32) - expected.astype(np.float32)).max()
-            assert error <= TOLERANCE[precision] * scale, (name, number, error)  # NaN fails too
+            tolerance = 0 if name in INTEGERS else TOLERANCE[precision]
+            assert error <= tolerance * scale, (name, number, error)  # NaN fails too
             np.testing.assert_array_equal(first, second)
 
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
+import compare
+import plugins
+import surgeon
 from build_engine import capped
 from compare import by_plugin, error_statistics, kind_and_precision, labels_of, random_inputs
 from infer_trt import nearest
 from models.chain import BuildFolder
+from models.report import layer_table
 from models.spec import Dim, Part, TensorSpec, Unusable
 
 PART = Part(
     "step",
     (
-        TensorSpec("input_ids", "int32", ("batch", 1)),
+        TensorSpec("sequences", "int32", ("batch", "length")),
         TensorSpec("cache", "float32", ("batch", 4, "length"), internal=True),
     ),
     (TensorSpec("logits", "float32", ("batch", 9)),),
     (Dim("batch", 1, (1, 32), 32), Dim("length", 8, (64,), 512)),
-    time_at=({"batch": 2, "length": 8, "input_ids": 5},),
+    time_at=({"batch": 2, "length": 8, "sequences": 5},),
 )
 
 
@@ -36,7 +42,7 @@ def test_profiles_repeat_the_last_optimum():
 
 @pytest.mark.parametrize(("batch", "profile"), [(1, 0), (2, 0), (5, 0), (6, 1), (31, 1), (32, 1)])
 def test_nearest_profile(batch, profile):
-    sizes = PART.sizes_of({"input_ids": (batch, 1), "cache": (batch, 4, 24)})
+    sizes = PART.sizes_of({"sequences": (batch, 24), "cache": (batch, 4, 24)})
     assert sizes == {"batch": batch, "length": 24}
     assert nearest(PART.profiles(), sizes) == profile
 
@@ -74,6 +80,7 @@ def test_kind_and_precision():
 
 def test_layers_are_counted_for_the_plugin_whose_nodes_they_name():
     owners = {"net.0/Norm_1": "norm", "net.0/Norm_11": "norm", "net.1/add_2": "gate", "net.1/add_3": "gate"}
+    owners["Gate_view.15"] = "gate"  # came from no module
     times = {
         "net.0/Norm_11": 1.0,
         "Reformatting CopyNode for Input Tensor 0 to net.0/Norm_1": 2.0,
@@ -81,14 +88,66 @@ def test_layers_are_counted_for_the_plugin_whose_nodes_they_name():
         "{ForeignNode[net.1/add_3...net.9/add_4]}": 4.0,
         "net.0/Norm_111": 5.0,
         "shape": 6.0,
+        "Gate_view.15": 7.0,
     }
-    assert by_plugin(times, owners) == {("norm", "net"): 3.0, ("gate", "net"): 7.0, ("other layers", ""): 11.0}
+    assert by_plugin(times, owners) == {
+        ("norm", "net"): 3.0,
+        ("gate", "net"): 7.0,
+        ("gate", ""): 7.0,
+        ("other layers", ""): 11.0,
+    }
+
+
+def test_layer_times_at_every_size_and_by_module_at_the_first():
+    """By module only where a part has several."""
+    layers = [
+        ["net, batch 1", "norm", "up", 1.0],
+        ["net, batch 1", "norm", "down", 2.0],
+        ["net, batch 1", "other layers", "", 4.0],
+        ["net, batch 8", "norm", "up", 8.0],
+        ["net, batch 8", "norm", "down", 16.0],
+        ["step, batch 1", "attention", "", 32.0],
+        ["step, batch 1", "norm", "decoder", 64.0],
+        ["step, batch 1", "norm", "", 128.0],
+    ]
+    rows = {"a": {"layer_ms": layers}, "b": {"layer_ms": layers[2:3]}, "c": {"layer_ms": []}}
+    cells = [line for line in layer_table(rows) if line.startswith("| ")]
+    assert cells == [
+        "| part | plugin | a | b |",
+        "| --- | --- | --- | --- |",
+        "| net, batch 1 | norm | 3 |  |",
+        "| net, batch 1 | other layers | 4 | 4 |",
+        "| net, batch 8 | norm | 24 |  |",
+        "| step, batch 1 | attention | 32 |  |",
+        "| step, batch 1 | norm | 192 |  |",
+        "| part | plugin | module | a | b |",
+        "| --- | --- | --- | --- | --- |",
+        "| net | norm | down | 2 |  |",
+        "| net | norm | up | 1 |  |",
+        "| net | other layers | elsewhere | 4 | 4 |",
+    ]
+    assert layer_table({"c": rows["c"]}) == []
+
+
+def test_the_machine_is_one_line(monkeypatch, tmp_path):
+    """It names the GPU that is used, however many nvidia-smi lists."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 1.2.3\necho 1.2.3\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(compare, "gpu_name", lambda: "the second GPU")
+    assert compare.machine().endswith(" cores; the second GPU, driver 1.2.3")
+    tool.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compare.machine().endswith(" cores; the second GPU")
+    monkeypatch.setattr(compare, "gpu_name", lambda: None)
+    assert compare.machine().endswith(" cores; no GPU")
 
 
 def test_random_inputs_have_the_sizes_and_integers_asked_for():
     ((name, inputs),) = random_inputs(PART, PART.limits())
     assert name == "step, batch 2, length 8"
-    assert inputs["input_ids"].tolist() == [[5], [5]]
+    assert inputs["sequences"].tolist() == [[5] * 8] * 2
     assert inputs["cache"].shape == (2, 4, 8)
     assert inputs["cache"].std() > 0.2
 
@@ -116,5 +175,28 @@ def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(built):
         f"present_{kind}_{layer}": f"self_{kind}_{layer}" for layer in layers for kind in ("key", "value")
     }
     assert patched["encoder"]["in_place"] == {}
-    assert sorted(set(patched["step"]["owners"].values())) == sorted(patched["step"]["plugins"])
-    assert len(patched["step"]["owners"]) == sum(patched["step"]["plugins"].values())
+    grafted, owned = patched["step"]["plugins"], Counter(patched["step"]["owners"].values())
+    assert {plugin: owned[plugin] for plugin in grafted} == grafted
+    assert set(owned) - set(grafted) <= {name for name in plugins.names() if not plugins.find(name).on_by_default}
+
+
+def test_surgery_finds_what_runs_in_place_only_where_nothing_reads_it_later():
+    """A cache's other reader may want its size, or its values before the plugin's node runs, but not beside it."""
+    plugin = plugins.find("cached_self_attention")
+    for reader, taken in ((None, True), ("Shape", True), ("before", True), ("beside", False)):
+        inputs = [gs.Variable(name, np.float32, (1, 1, 4)) for name in ("query", "key", "value")]
+        caches = [gs.Variable(name, np.float32, (1, 1, 2, 4)) for name in ("key_cache", "value_cache")]
+        position = gs.Variable("position", np.int32, (1,))
+        outputs = [gs.Variable(name, np.float32, (1, 1, 2, 4)) for name in ("y", "present_key", "present_value")]
+        query, other = inputs[0], gs.Variable("other", np.float32)
+        nodes = []
+        if reader:
+            nodes.append(gs.Node("Shape" if reader == "Shape" else "ReduceMax", inputs=[caches[0]], outputs=[other]))
+        if reader == "before":
+            query = gs.Variable("sum", np.float32)
+            nodes.append(gs.Node("Add", inputs=[inputs[0], other], outputs=[query]))
+        given = [query, *inputs[1:], *caches, position]
+        nodes.append(gs.Node(plugin.op, domain=plugins.DOMAIN, inputs=given, outputs=outputs))
+        graph = gs.Graph(nodes, [*inputs, *caches, position], outputs)
+        expected = {"present_value": "value_cache"}
+        assert surgeon.in_place(graph) == ({"present_key": "key_cache", **expected} if taken else expected)

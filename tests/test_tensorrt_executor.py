@@ -10,19 +10,26 @@ import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 
+import compare
 import infer_trt
+import plugins
 from build_engine import TensorRT, capped, profile_shapes
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
 from models.chain import BuildFolder
-from models.spec import Part
+from models.spec import Part, TensorSpec
 from models.trocr.decoding import Generation
 from models.trocr.pipeline import recognise
+from tests.run_engines import as_numpy
 
+STATE = ("sequences", "position", "finished")
 HERE = {"tensorrt": "stand-in", "gpu": "stand-in", "plugins": "stand-in"}
 
 
@@ -101,13 +108,16 @@ class Context:
 
     def at(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         dtype = np.dtype(self.engine.types[name])
-        size = int(np.prod(shape)) * dtype.itemsize
-        return np.frombuffer((ctypes.c_byte * size).from_address(self.addresses[name]), dtype).reshape(shape)
+        stored = self.engine.stored(name, shape)
+        size = int(np.prod(stored)) * dtype.itemsize
+        array = np.frombuffer((ctypes.c_byte * size).from_address(self.addresses[name]), dtype).reshape(stored)
+        return array if stored == shape else array[..., : shape[1]].transpose(0, 3, 1, 2)
 
 
 class Engine:
     device_memory_size = 64
     num_optimization_profiles = 2
+    channel_last = False  # 4-D tensors in FP16, padded to 8 channels
     part: Part
 
     def __init__(self, model: bytes) -> None:
@@ -115,9 +125,19 @@ class Engine:
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
         tensors = (*self.session.get_inputs(), *self.session.get_outputs())
         self.types = {tensor.name: types[tensor.type] for tensor in tensors}
+        self.ranks = {tensor.name: len(tensor.shape) for tensor in tensors}
 
     def get_tensor_dtype(self, name: str) -> type:
         return self.types[name]
+
+    def get_tensor_format(self, name: str) -> str:
+        return "HWC8" if self.channel_last and self.ranks[name] == 4 and self.types[name] is np.float16 else "linear"
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.get_tensor_format(name) == "linear":
+            return shape
+        batch, channels, height, width = shape
+        return batch, height, width, (channels + 7) // 8 * 8
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         tensor = next(tensor for tensor in self.part.inputs if tensor.name == name)
@@ -156,14 +176,16 @@ RUNTIME = types.SimpleNamespace(
 
 
 @pytest.fixture
-def executor(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bool], TensorRTExecutor]:
-    """Makes executors of the demo TrOCR in FP16, with kernels that work in place or with TensorRT's own layers."""
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
+    """Lets modules that import pycuda and ask for TensorRT get what is here."""
     driver = types.ModuleType("pycuda.driver")
     driver.__dict__.update(
         mem_alloc=Memory,
         Stream=Stream,
         Event=Event,
         pagelocked_empty=np.empty,
+        memcpy_htod=lambda target, source: ctypes.memmove(target, source.ctypes.data, source.nbytes),
+        memcpy_dtoh=lambda target, source: ctypes.memmove(target.ctypes.data, int(source), target.nbytes),
         memcpy_htod_async=lambda target, source, stream: ctypes.memmove(target, source.ctypes.data, source.nbytes),
         memcpy_dtoh_async=lambda target, source, stream: ctypes.memmove(target.ctypes.data, int(source), target.nbytes),
         memcpy_dtod_async=lambda target, source, size, stream: ctypes.memmove(target, source, size),
@@ -188,17 +210,32 @@ def executor(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ca
         def deserialize_cuda_engine(self, model: bytes) -> Engine:
             return Engine(model)
 
-    tensorrt.__dict__.update(Logger=Logger, Runtime=Runtime, nptype=lambda dtype: dtype)
-    monkeypatch.setattr(infer_trt, "find_tensorrt", lambda: TensorRT(tensorrt, "stand-in", builds_without_gpu=False))
+    formats = types.SimpleNamespace(LINEAR="linear", HWC8="HWC8")
+    tensorrt.__dict__.update(
+        Logger=Logger, Runtime=Runtime, nptype=lambda dtype: dtype, TensorFormat=formats, __version__="0"
+    )
+    found = TensorRT(tensorrt, "stand-in", builds_without_gpu=False)
+    monkeypatch.setattr(infer_trt, "find_tensorrt", lambda: found)
     monkeypatch.setattr(infer_trt, "cuda_runtime", lambda: RUNTIME)
     monkeypatch.setattr(infer_trt.plugins, "load_library", lambda: None)
+    return found
 
-    def make(in_place: bool) -> TensorRTExecutor:
+
+@pytest.fixture
+def executor(
+    built: Path, stand_in: TensorRT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[bool], TensorRTExecutor]:
+    """Makes executors of the demo TrOCR in FP16, with kernels that work in place (on the caches, or on the state of a
+    greedy search as well) or with TensorRT's own layers."""
+
+    def make(in_place: bool, state: bool = False) -> TensorRTExecutor:
         here = {**HERE, "plugins": "stand-in" if in_place else None}
         monkeypatch.setattr(infer_trt, "identity", lambda tensorrt: here)
         folder = BuildFolder(tmp_path, "trocr")
         manifest = json.loads((built / "trocr" / "manifest.json").read_text())
         manifest["engines"] = {"fp16": {part["name"]: here for part in manifest["parts"]}}
+        if state:
+            manifest["patched"]["fp16"]["step"]["in_place"].update({f"next_{name}": name for name in STATE})
         folder.write_manifest(manifest)
         for part in folder.parts():
             folder.engine(part.name, "fp16").write_bytes((built / "trocr" / f"{part.name}.fp16.onnx").read_bytes())
@@ -210,9 +247,9 @@ def executor(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ca
     return make
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(("in_place", "state"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_decoding_is_that_of_onnx_runtime_and_allocates_once(built, executor, in_place, beams):
+def test_decoding_is_that_of_onnx_runtime_and_allocates_once(built, executor, in_place, state, beams):
     folder = BuildFolder(built, "trocr")
     settings = folder.manifest()["settings"]
     generation = replace(Generation.from_json(settings["generation"]), max_length=14, num_beams=beams)
@@ -222,7 +259,7 @@ def test_decoding_is_that_of_onnx_runtime_and_allocates_once(built, executor, in
         random.uniform(-1, 1, (rows, 3, images["height"], images["width"])).astype(np.float32) for rows in (3, 1, 3)
     ]
     reference = OnnxRuntimeExecutor(folder, "fp16")
-    tested = executor(in_place)
+    tested = executor(in_place, state)
     for batch in batches:
         expected = recognise(reference, settings, generation, batch)
         assert recognise(tested, settings, generation, batch) == expected
@@ -231,18 +268,62 @@ def test_decoding_is_that_of_onnx_runtime_and_allocates_once(built, executor, in
     recognise(tested, settings, generation, batches[1])
     recognise(tested, settings, generation, batches[0])
     assert (Memory.allocations, len(tested.calls)) == (allocations, calls)
+    if beams == 1:  # sizes of two batches: a loop in place is always the same call, any other soon returns to one
+        assert sum(key[0] == "step" for key in tested.calls) == 2 * (1 if state else 3)
+
+
+def step_inputs(tested: TensorRTExecutor, **state: int) -> dict[str, Any]:
+    """For two rows and 16 positions."""
+    sizes = {"batch": 2, "length": 16}
+    return {
+        tensor.name: tested.zeros("step", tensor.name, sizes)
+        if tensor.internal
+        else np.full(tensor.sizes(sizes), state[tensor.name], np.int32)
+        for tensor in tested.parts["step"].inputs
+    }
+
+
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize(("until", "runs"), [("next_finished", 2 * TensorRTExecutor.LOOK_EVERY), (None, 12)])
+def test_loops_stop_once_all_rows_have_ended(executor, monkeypatch, state, until, runs):
+    tested = executor(True, state)
+    carried = {f"next_{name}": name for name in STATE}
+    outputs = tested.loop("step", step_inputs(tested, sequences=7, position=0, finished=1), carried, 12, until)
+    assert outputs["next_position"].tolist() == [runs]
+    assert outputs["next_finished"].tolist() == [1, 1]
+    assert outputs["next_sequences"].tolist() == [[7] + [1] * runs + [7] * (15 - runs)] * 2  # padding
+    assert not any(call.staged for call in tested.calls.values())  # the logits stay where they are
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("state", [True, False])
+def test_loops_are_runs_one_after_the_other(executor, built, times, state):
+    tested, reference = executor(True, state), OnnxRuntimeExecutor(BuildFolder(built, "trocr"), "fp16")
+    results = []
+    for one in (tested, reference):
+        carried = {f"next_{name}": name for name in STATE}
+        carried.update((f"present_{kind}_{i}", f"self_{kind}_{i}") for kind in ("key", "value") for i in range(2))
+        inputs = step_inputs(tested, sequences=7, position=0, finished=0)
+        if one is reference:
+            inputs = {name: as_numpy(value) for name, value in inputs.items()}
+        outputs = one.loop("step", inputs, carried, times, "next_finished")
+        results.append({name: as_numpy(outputs[name]) for name in carried})
+    for name, values in results[0].items():
+        np.testing.assert_array_equal(values, results[1][name])
+    assert results[0]["next_position"].tolist() == [times]
+
+
+def test_measured_runs_are_alike(executor):
+    """Though each moves on what is updated in place."""
+    tested = executor(True, True)
+    tested.latencies("step", step_inputs(tested, sequences=7, position=3, finished=0), 2)
+    (call,) = tested.calls.values()
+    assert call.arrays["next_position"].to_host().tolist() == [4]
 
 
 def test_cache_is_updated_where_it_is(executor):
     tested = executor(True)
-    (part,) = (part for part in tested.parts.values() if part.name == "step")
-    sizes = {"batch": 2, "length": 16}
-    inputs = {
-        tensor.name: tested.zeros("step", tensor.name, sizes)
-        if tensor.internal
-        else np.full(tensor.sizes(sizes), 5, np.int32)
-        for tensor in part.inputs
-    }
+    inputs = step_inputs(tested, sequences=5, position=5, finished=0)
     outputs = tested.run("step", inputs)
     assert outputs["present_key_0"] is inputs["self_key_0"]
     cache = np.empty(inputs["self_key_0"].shape, inputs["self_key_0"].dtype)
@@ -273,3 +354,53 @@ def test_latencies_are_as_many_as_asked_for(executor):
     (image,) = tested.parts["encoder"].inputs
     images = np.zeros(image.sizes({"batch": 1}), np.float32)
     assert tested.latencies("encoder", {"pixel_values": images}, 3) == [1.0] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single nodes: compare.py --ablation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measure_node(stand_in: TensorRT, monkeypatch: pytest.MonkeyPatch) -> Callable[[BuildFolder], dict[str, Any]]:
+    """`compare.measure_node` in FP16, with graphs for engines."""
+    for module in (compare, infer_trt):
+        monkeypatch.setattr(module, "identity", lambda tensorrt: HERE)
+    monkeypatch.setattr(compare, "built_alone", lambda tensorrt, source, precision, timings: source.read_bytes())
+    return lambda folder: compare.measure_node(folder, "fp16", stand_in)
+
+
+@pytest.mark.parametrize("channel_last", [False, True])
+@pytest.mark.parametrize("channels", [3, 16])
+def test_images_lie_as_the_engine_wants_them(measure_node, monkeypatch, tmp_path, channel_last, channels):
+    monkeypatch.setattr(Engine, "channel_last", channel_last)
+    shape = (2, channels, 5, 7)
+    image, result = (TensorSpec(name, "float16", shape, internal=True) for name in "xy")
+    parts = [Part(name, (image,), (result,), (), time_at=({},)) for name in ("layers", "plugin")]
+    folder = BuildFolder(tmp_path, "restormer")
+    folder.write_manifest(
+        {
+            "parts": [part.to_json() for part in parts],
+            "patched": {"fp16": {part.name: {"in_place": {}} for part in parts}},
+        }
+    )
+    slopes = np.linspace(1, 2, channels, dtype=np.float16)[:, None, None]
+    for part, factor in zip(parts, (slopes, slopes * np.float16(0.75))):
+        node = helper.make_node("Mul", ["x", "factor"], ["y"])
+        ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, shape) for name in "xy"]
+        graph = helper.make_graph([node], part.name, ends[:1], ends[1:], [numpy_helper.from_array(factor, "factor")])
+        opsets = [helper.make_opsetid("", 17)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder.onnx(part.name, "fp16"))
+    row = measure_node(folder)
+    assert row["difference"] == pytest.approx(0.25, rel=1e-3)
+    assert row["layers_us"] == row["plugin_us"] == dict.fromkeys(("median", "p20", "p80"), 1e3 / compare.RUNS)
+
+
+def test_single_nodes_agree_with_the_layers_that_they_replace(built, measure_node, tmp_path):
+    folder = BuildFolder(tmp_path, "trocr")
+    folder.path.mkdir()
+    kinds = compare.node_kinds(BuildFolder(built, "trocr"), plugins.names(), 1)
+    for kind in kinds:
+        compare.write_node(kind, folder, ["fp16"])
+        assert measure_node(folder)["difference"] < 2e-3
+    assert {kind.part.name for kind in kinds} == {"encoder", "step"}

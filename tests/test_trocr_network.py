@@ -30,9 +30,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from models.spec import ExportablePart, Unusable
+from models.spec import ExportablePart, Unusable, loop_of_runs
 from models.trocr import SPEC, network, tokenizer
-from models.trocr.decoding import decode
+from models.trocr.decoding import Generation, decode, restrict, tables
 
 VOCABULARY = 40
 HEIGHT, WIDTH = 32, 48
@@ -79,6 +79,8 @@ BEAM_SETTINGS: dict[str, dict[str, Any]] = {
     **{f"beams, {name}": dict(settings, num_beams=3) for name, settings in SETTINGS.items()},
 }
 
+GREEDY = Generation(start=2, eos=(2,), pad=1, max_length=24)
+
 
 class TorchExecutor:
     """Runs the PyTorch modules of the parts, and insists that inputs are as the parts declare them."""
@@ -98,6 +100,11 @@ class TorchExecutor:
             outputs = exportable.module(*(torch.as_tensor(inputs[tensor.name]) for tensor in specs))
         named = zip(exportable.part.outputs, outputs, strict=True)
         return {tensor.name: value if tensor.internal else value.numpy() for tensor, value in named}
+
+    def loop(
+        self, part: str, inputs: dict[str, Any], carried: dict[str, str], times: int, until: str | None
+    ) -> dict[str, Any]:
+        return loop_of_runs(self, part, inputs, carried, times, until)
 
     def limits(self, part: str) -> dict[str, tuple[int, int]]:
         return self.parts[part].part.limits()
@@ -189,7 +196,7 @@ def both_ways(
         expected.append(row[: ends[0] + 1] if ends else row)
 
     generation = network.generation_of(config, model.config, "test")
-    executor = TorchExecutor(network.parts_of(model))
+    executor = TorchExecutor(network.parts_of(model, generation))
     hidden = executor.run("encoder", {"pixel_values": images.numpy()})["encoder_hidden"]
     decoded = decode(executor, hidden, rows, generation, layers=2, capacity=generation.max_length)
     scores = [] if generation.num_beams == 1 else output.sequences_scores.tolist()
@@ -203,6 +210,44 @@ def test_decoding_equals_generate(models: dict, variant: str, settings: str) -> 
     assert ours == expected
     if scores:
         np.testing.assert_allclose(our_scores, scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [name for name, how in SETTINGS.items() if "no_repeat_ngram_size" not in how])
+def test_tables_restrict_as_the_search_on_the_host(models: dict, settings: str) -> None:
+    generation = network.generation_of(generation_config(**SETTINGS[settings]), models["vit"].config, "test")
+    check_tables(generation)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(forced_bos=5, suppress=(5,)),
+        dict(forced_bos=5, begin_suppress=(5, 6)),
+        dict(forced_bos=5, forced_eos=(2,), max_length=2),
+        dict(forced_eos=(7, 4, 9), suppress=(4,), begin_suppress=(7,)),
+        dict(forced_eos=(7, 4), begin_suppress=(4,), max_length=2),
+        dict(forced_eos=(4,), begin_suppress=(4,), max_length=2),
+        dict(forced_bos=6, forced_eos=(7, 4), begin_suppress=(4,), max_length=3),
+        dict(min_length=20, suppress=(2,), begin_suppress=(2, 3)),
+        dict(suppress=tuple(range(VOCABULARY))),
+        dict(eos=(), min_length=5),
+    ],
+)
+def test_tables_restrict_where_settings_meet(settings: dict[str, Any]) -> None:
+    check_tables(Generation(**{"start": 2, "eos": (2, 9), "pad": 1, "max_length": 12, **settings}))
+
+
+def check_tables(generation: Generation) -> None:
+    random = np.random.default_rng(0)
+    allowed_from, forced = tables(generation, VOCABULARY, 48)
+    for position in range(generation.max_length - 1):
+        logits = random.standard_normal((60, VOCABULARY), np.float32)
+        logits[:, [*generation.eos, *generation.suppress, *generation.begin_suppress]] += 2
+        expected = restrict(logits, np.zeros((60, position + 1), np.int64), generation).argmax(axis=1)
+        chosen = np.where(position < allowed_from, -np.inf, logits).argmax(axis=1)
+        if forced[position] >= 0:
+            chosen[:] = forced[position]
+        np.testing.assert_array_equal(chosen, expected)
 
 
 @pytest.mark.parametrize("settings", [dict(max_length=24), dict(max_length=24, num_beams=3, no_repeat_ngram_size=2)])
@@ -230,7 +275,7 @@ def test_the_models_exercise_the_search(models: dict) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_teacher_forcing(models: dict, variant: str) -> None:
     model, rows, length = models[variant], 3, 17
-    executor = TorchExecutor(network.parts_of(model))
+    executor = TorchExecutor(network.parts_of(model, GREEDY))
     images = pixels(rows)
     tokens = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -248,7 +293,7 @@ def test_a_decoded_padding_token_has_no_sinusoidal_position(models: dict) -> Non
             output = model(encoder_outputs=encoded, decoder_input_ids=column, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             expected.append(output.logits[:, 0].numpy())
-    ours = logits_of(TorchExecutor(network.parts_of(model)), images, tokens)
+    ours = logits_of(TorchExecutor(network.parts_of(model, GREEDY)), images, tokens)
     assert np.abs(ours - np.stack(expected, axis=1)).max() < 1e-4
 
 
@@ -264,7 +309,7 @@ def logits_of(executor: TorchExecutor, images: torch.Tensor, tokens: torch.Tenso
 
 @pytest.mark.parametrize("variant", ["deit, relu, scaled", "projected", "sinusoidal, normalised"])
 def test_parts_export_with_dynamic_axes(models: dict, variant: str, tmp_path: Path) -> None:
-    for exportable in network.parts_of(models[variant]):
+    for exportable in network.parts_of(models[variant], GREEDY):
         part = exportable.part
         example = exportable.example(exportable.trace_at, np.random.default_rng(0))
         dims = {dim.name: torch.export.Dim(dim.name) for dim in part.dims}
@@ -314,7 +359,14 @@ def plugins_in(model: Any) -> Counter:
         source = producer.get(node.input[0]) if node.input else None
         if node.op_type == "LayerNormalization" and source is not None and source.op_type == "Add":
             shapes = [shape_of(model, name) for name in source.input]
-            found["residual_layer_norm"] += not constant & set(source.input) and shapes[0] == shapes[1]
+            residual = not constant & set(source.input) and shapes[0] == shapes[1]
+            found["residual_layer_norm"] += residual
+            found["linear_residual"] += residual and shapes[0][1] == 1
+        if node.op_type == "LayerNormalization" and shape_of(model, node.input[0])[1] == 1:
+            readers = [reader for reader in model.graph.node if node.output[0] in reader.input]
+            projections = [reader.op_type for reader in readers].count("MatMul")
+            found[{1: "layer_norm_linear", 3: "layer_norm_qkv"}[projections]] += 1
+        found["greedy_choice"] += node.op_type == "ArgMax"
         if node.op_type == "Softmax":
             kind = "cached_self_attention" if source is not None and source.op_type == "Where" else "cross_attention"
             found[kind if "Range" in types else "encoder_attention"] += 1
@@ -329,7 +381,7 @@ def shape_of(model: Any, name: str) -> list[Any]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_examples_fit_the_parts(models: dict, variant: str) -> None:
-    for exportable in network.parts_of(models[variant]):
+    for exportable in network.parts_of(models[variant], GREEDY):
         part = exportable.part
         assert not {0, 1} & set(exportable.trace_at.values())
         for sizes in (exportable.trace_at, *exportable.check_at):

@@ -197,9 +197,11 @@ def exportable_part(network: Restormer) -> ExportablePart:
             "norm_pointwise_conv": 2 * blocks,
             "pointwise_conv_residual": 2 * blocks + architecture.dual_pixel,  # the skip around the whole network
             "transposed_attention": blocks,
+            "transposed_attention_block": blocks,
             "transposed_attention_residual": blocks,
             "depthwise_conv": blocks,
             "gated_depthwise_conv": blocks,
+            "gated_feed_forward": blocks,
             "pixel_unshuffle": 3,
             "pixel_shuffle": 3,
         },

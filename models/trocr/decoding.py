@@ -1,4 +1,8 @@
-"""Greedy and beam search over an executor, in numpy, token for token what transformers' `generate` returns.
+"""Greedy and beam search over an executor, token for token what transformers' `generate` returns.
+
+Greedy search is done by the step part itself, which chooses each token and keeps sequences, position and ends where it
+runs: nothing passes through the host between tokens.  What looks at more than the logits of the last token (beams,
+n-grams that must not repeat) is done here, in numpy.
 
 Rows are sequences being decoded: one for each image, or with beam search `num_beams` for each image, image by image.
 """
@@ -55,34 +59,58 @@ class StepLoop:
     """Runs the decoder part token by token and keeps its K/V cache, which starts out empty.
 
     cross     outputs of the prefill part by name, with one row for each row that is decoded
-    capacity  how many positions the cache holds
+    capacity  how many positions the cache holds, and a sequence may have
     """
 
     def __init__(self, executor: Executor, cross: Mapping[str, Any], rows: int, capacity: int, layers: int) -> None:
         self._executor = executor
         self._cross = cross
+        self._shape = (rows, capacity)
         self._cache_names = [f"self_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
         dims = {"batch": rows, "length": capacity}
         self._cache: Dict[str, Any] = {name: executor.zeros("step", name, dims) for name in self._cache_names}
 
     def logits(self, tokens: np.ndarray, position: int) -> np.ndarray:
         """Feeds tokens (rows,) at `position` and returns the logits (rows, vocabulary) of the token after them."""
-        outputs = self._executor.run(
-            "step",
-            {
-                "input_ids": tokens.astype(np.int32)[:, None],
-                "position": np.array([position], np.int32),
-                **self._cache,
-                **self._cross,
-            },
-        )
-        self._cache = {name: outputs[name.replace("self", "present")] for name in self._cache_names}
+        sequences = np.zeros(self._shape, np.int32)  # of which a step reads one column
+        sequences[:, position] = tokens
+        outputs = self._executor.run("step", self._inputs(sequences, position))
+        self._cache = {name: outputs[present(name)] for name in self._cache_names}
         return outputs["logits"]
+
+    def greedy(self, generation: Generation) -> np.ndarray:
+        """Sequences (rows, capacity) of the tokens that the step itself chooses, behind them padding."""
+        sequences = np.full(self._shape, generation.pad, np.int32)
+        sequences[:, 0] = generation.start
+        carried = {f"next_{name}": name for name in ("sequences", "position", "finished")}
+        carried.update({present(name): name for name in self._cache_names})
+        outputs = self._executor.loop(
+            "step",
+            self._inputs(sequences, 0),
+            carried,
+            times=generation.max_length - 1,
+            until="next_finished" if generation.eos else None,
+        )
+        return outputs["next_sequences"]
+
+    def _inputs(self, sequences: np.ndarray, position: int) -> Dict[str, Any]:
+        return {
+            "sequences": sequences,
+            "position": np.array([position], np.int32),
+            "finished": np.zeros(len(sequences), np.int32),
+            **self._cache,
+            **self._cross,
+        }
 
     def reorder(self, parents: np.ndarray) -> None:
         """Row i continues what row `parents[i]` has decoded.  Both belong to one image: `cross` stays as it is."""
         if not np.array_equal(parents, np.arange(len(parents))):
             self._cache = {name: self._executor.rows(value, parents) for name, value in self._cache.items()}
+
+
+def present(cache: str) -> str:
+    """The output that holds what the input `cache` is to be in the next step."""
+    return cache.replace("self", "present")
 
 
 def restrict(scores: np.ndarray, sequences: np.ndarray, generation: Generation) -> np.ndarray:
@@ -117,8 +145,52 @@ def force(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     return forced
 
 
+def tables(generation: Generation, vocabulary: int, positions: int) -> Tuple[np.ndarray, np.ndarray]:
+    """What `restrict` does without regard to n-grams, for a step that knows its position p and has p + 1 tokens:
+
+    allowed_from (vocabulary,)  tokens may be chosen where p is no smaller
+    forced (positions,)         the token that is chosen at p whatever the logits are, or -1
+    """
+    never = np.iinfo(np.int32).max
+    allowed_from = np.zeros(vocabulary, np.int32)
+    allowed_from[list(generation.eos)] = max(generation.min_length - 1, 0)
+    # from the begin on: before it, if anything, the token is forced
+    begin = 0 if generation.forced_bos is None else 1
+    suppressed = np.zeros(vocabulary, np.int32)
+    suppressed[list(generation.begin_suppress)] = begin + 1
+    suppressed[list(generation.suppress)] = never
+
+    forced = np.full(positions, -1, np.int32)
+
+    def force_at(position: int, tokens: Sequence[int]) -> None:
+        left = [token for token in tokens if suppressed[token] != never]
+        if position == begin:
+            left = [token for token in left if token not in generation.begin_suppress]
+        forced[position] = min(left, default=0)  # as argmax does, of equal scores and of none but -inf
+
+    if generation.forced_bos is not None:
+        force_at(0, (generation.forced_bos,))
+    if generation.forced_eos:
+        force_at(generation.max_length - 2, generation.forced_eos)
+    return np.maximum(allowed_from, suppressed), forced
+
+
 def greedy_search(steps: StepLoop, rows: int, generation: Generation) -> List[Decoded]:
     """The most probable token at each step; each row ends by itself."""
+    if generation.no_repeat_ngram_size > 0:
+        return greedy_search_on_host(steps, rows, generation)
+    ids = steps.greedy(generation)[:, 1 : generation.max_length].tolist()
+    return [Decoded(trimmed(row, generation)) for row in ids]
+
+
+def trimmed(ids: List[int], generation: Generation) -> List[int]:
+    """A row's token ids up to its end token: what follows is padding for the sake of longer rows."""
+    end = next((index for index, token in enumerate(ids) if token in generation.eos), len(ids))
+    return ids[: end + 1]
+
+
+def greedy_search_on_host(steps: StepLoop, rows: int, generation: Generation) -> List[Decoded]:
+    """The same with restrictions that look at all of a sequence."""
     sequences = np.full((rows, generation.max_length), generation.pad, np.int64)
     sequences[:, 0] = generation.start
     lengths = np.ones(rows, np.int64)
@@ -215,7 +287,11 @@ def beam_search(steps: StepLoop, images: int, generation: Generation) -> List[De
 def decode(
     executor: Executor, encoder_hidden: Any, images: int, generation: Generation, layers: int, capacity: int
 ) -> List[Decoded]:
-    """Decodes the encoder's output, an internal value of `images` rows, with a cache of `capacity` positions."""
+    """Decodes the encoder's output, an internal value of `images` rows, with a cache of `capacity` positions.
+
+    generation  what the step was exported for; a greedy search may have another max_length, and no eos: then ended rows
+                are padded up to it
+    """
     cross = executor.run("prefill", {"encoder_hidden": encoder_hidden})
     beams = generation.num_beams
     if beams > 1:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from transformers import (
 
 from models.spec import Dim, ExportablePart, LoadedModel, Part, TensorSpec, Unusable
 from models.trocr import tokenizer as tokenizers
-from models.trocr.decoding import Decoded, Generation
+from models.trocr.decoding import Decoded, Generation, tables, trimmed
 from models.trocr.images import preprocess
 from models.trocr.pipeline import (
     CACHE_STEP,
@@ -97,15 +97,50 @@ class Prefill(nn.Module):
         )
 
 
+class GreedyChoice(nn.Module):
+    """The most probable token behind `position` that the settings allow; the first of those that are equally so.
+
+    forward(logits (B, vocabulary), sequences (B, length), position (1,), finished (B,)) → sequences with the token at
+    position + 1, position + 1, and finished, which is 1 from a row's end token on.  Finished rows get padding.
+    """
+
+    def __init__(self, generation: Generation, vocab_size: int, positions: int) -> None:
+        super().__init__()
+        allowed_from, forced = map(torch.from_numpy, tables(generation, vocab_size, positions))
+        self.register_buffer("allowed_from", allowed_from if allowed_from.any() else None)
+        self.register_buffer("forced", forced if (forced >= 0).any() else None)
+        self.register_buffer("ends", torch.tensor(generation.eos or (-1,), dtype=torch.int32))
+        self.pad = generation.pad
+
+    def forward(
+        self, logits: Tensor, sequences: Tensor, position: Tensor, finished: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.allowed_from is not None:
+            logits = torch.where(position < self.allowed_from, -torch.inf, logits)
+        token = logits.argmax(dim=-1).to(torch.int32)
+        if self.forced is not None:
+            forced = self.forced.index_select(0, position)
+            token = torch.where(forced >= 0, forced, token)
+        token = torch.where(finished > 0, self.pad, token).unsqueeze(1)
+        after = position + 1
+        slots = torch.arange(sequences.shape[1], dtype=torch.int32, device=sequences.device)
+        ended = (token == self.ends).to(torch.int32).amax(dim=1)
+        return torch.where(slots == after, token, sequences), after, torch.maximum(finished, ended)
+
+
 class Step(nn.Module):
     """One token for each row, all at the same position, with the K/V cache as plain tensors.
 
-    forward(input_ids (B, 1), position (1,), then for each layer self_key, self_value (B, heads, length, head_dim), then
-    for each layer cross_key, cross_value (B, heads, tokens, head_dim)) → logits (B, vocabulary), then for each layer
-    the cache with this token's key and value at index `position`.
+    forward(sequences (B, length), position (1,), finished (B,), then for each layer self_key, self_value (B, heads,
+    length, head_dim), then for each layer cross_key, cross_value (B, heads, tokens, head_dim)) → logits (B, vocabulary)
+    behind the token at `position`, then sequences, position and finished after the choice of the next token, then for
+    each layer the cache with this token's key and value at index `position`.
+
+    What comes out, but for the logits, is what goes in at the next step of a greedy search.  Other searches look at the
+    logits, and give sequences of their own choice.
     """
 
-    def __init__(self, model: VisionEncoderDecoderModel) -> None:
+    def __init__(self, model: VisionEncoderDecoderModel, generation: Generation) -> None:
         super().__init__()
         self.decoder = decoder_of(model)
         self.output_projection = model.decoder.output_projection
@@ -115,6 +150,7 @@ class Step(nn.Module):
         positions = self.decoder.embed_positions
         table = positions.weight[positions.offset :] if self.learned else positions.weights[self.padding + 1 :]
         self.register_buffer("positions", table.detach()[: config.max_position_embeddings].clone())
+        self.choice = GreedyChoice(generation, config.vocab_size, positions_of(model.config))
 
     def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
         tokens = nn.functional.embedding(input_ids, self.decoder.embed_tokens.weight)
@@ -125,14 +161,14 @@ class Step(nn.Module):
             placed = torch.where((input_ids == self.padding).unsqueeze(-1), tokens, placed)
         return placed if self.decoder.layernorm_embedding is None else self.decoder.layernorm_embedding(placed)
 
-    def forward(self, input_ids: Tensor, position: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, sequences: Tensor, position: Tensor, finished: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(self.decoder.layers)
         self_cache, cross = tensors[: 2 * count], tensors[2 * count :]
         slots = torch.arange(self_cache[0].shape[2], dtype=torch.int32, device=position.device)
         here = (slots == position).unsqueeze(-1)  # (length, 1)
         future = slots > position  # (length,)
 
-        x = self.embed(input_ids, position)  # (B, 1, dim)
+        x = self.embed(sequences.index_select(1, position), position)  # (B, 1, dim)
         present: list[Tensor] = []
         for index, layer in enumerate(self.decoder.layers):
             attention = layer.self_attn
@@ -149,14 +185,15 @@ class Step(nn.Module):
             x = layer.encoder_attn_layer_norm(x + attention.out_proj(context))
 
             x = layer.final_layer_norm(x + layer.fc2(layer.activation_fn(layer.fc1(x))))
-        return (self.output_projection(x).squeeze(1), *present)
+        logits = self.output_projection(x).squeeze(1)
+        return (logits, *self.choice(logits, sequences, position, finished), *present)
 
 
 def decoder_of(model: VisionEncoderDecoderModel) -> nn.Module:
     return model.decoder.model.decoder
 
 
-def parts_of(model: VisionEncoderDecoderModel) -> list[ExportablePart]:
+def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[ExportablePart]:
     """The three parts with their tensors, dims, examples and plugin counts."""
     config = model.config
     height, width = image_size(config)
@@ -178,11 +215,15 @@ def parts_of(model: VisionEncoderDecoderModel) -> list[ExportablePart]:
 
     image = TensorSpec("pixel_values", "float32", ("batch", 3, height, width))
     encoded = TensorSpec("encoder_hidden", "float32", ("batch", tokens, hidden), internal=True)
-    token = TensorSpec("input_ids", "int32", ("batch", 1))
+    sequences = TensorSpec("sequences", "int32", ("batch", "length"))
     position = TensorSpec("position", "int32", (1,))
+    finished = TensorSpec("finished", "int32", ("batch",))
+    state = (sequences, position, finished)
     logits = TensorSpec("logits", "float32", ("batch", vocab_size))
     cross = keys_and_values("cross", tokens)
 
+    # layers whose input no LayerNorm made: the first, where the embedding has none
+    unnormalised = int(decoder_of(model).layernorm_embedding is None)
     encoder_layers = config.encoder.num_hidden_layers
     encoder = Part(
         "encoder",
@@ -195,12 +236,24 @@ def parts_of(model: VisionEncoderDecoderModel) -> list[ExportablePart]:
     prefill = Part("prefill", (encoded,), cross, (batch,), time_at=encoder.time_at)
     step = Part(
         "step",
-        (token, position, *keys_and_values("self", "length"), *cross),
-        (logits, *keys_and_values("present", "length")),
+        (*state, *keys_and_values("self", "length"), *cross),
+        (
+            logits,
+            *(replace(tensor, name=f"next_{tensor.name}") for tensor in state),
+            *keys_and_values("present", "length"),
+        ),
         (batch, length),
-        {"residual_layer_norm": 3 * layers, "cached_self_attention": layers, "cross_attention": layers},
+        {
+            "residual_layer_norm": 3 * layers,
+            "cached_self_attention": layers,
+            "cross_attention": layers,
+            "layer_norm_linear": 2 * layers + 1,
+            "layer_norm_qkv": layers - unnormalised,
+            "linear_residual": 3 * layers,
+            "greedy_choice": 1,
+        },
         tuple(
-            {"batch": rows, "length": slots, "position": slots - 1, "input_ids": 5}
+            {"batch": rows, "length": slots, "position": slots - 1, "sequences": 5, "finished": 0}
             for rows, slots in (*((rows, min(24, max_positions)) for rows in TIMED_BATCHES), (1, max_positions))
         ),
     )
@@ -210,10 +263,9 @@ def parts_of(model: VisionEncoderDecoderModel) -> list[ExportablePart]:
             made = {}
             for tensor in part.inputs:
                 shape = tensor.sizes(dims)
-                if tensor is token:
-                    made[tensor.name] = random.integers(0, vocab_size, shape, np.int32)
-                elif tensor is position:
-                    made[tensor.name] = random.integers(0, dims["length"], shape, np.int32)
+                if tensor in state:
+                    bound = {sequences: vocab_size, position: dims["length"], finished: 2}[tensor]
+                    made[tensor.name] = random.integers(0, bound, shape, np.int32)
                 elif tensor is image:
                     made[tensor.name] = random.uniform(-1, 1, shape).astype(np.float32)
                 else:
@@ -233,7 +285,7 @@ def parts_of(model: VisionEncoderDecoderModel) -> list[ExportablePart]:
     return [
         exportable(encoder, Encoder(model), 0, (1, 0), (3, 0)),
         exportable(prefill, Prefill(model), 0, (1, 0), (3, 0)),
-        exportable(step, Step(model), min(16, max_positions), (1, long), (3, short)),
+        exportable(step, Step(model, generation), min(16, max_positions), (1, long), (3, short)),
     ]
 
 
@@ -410,13 +462,9 @@ def loaded(
 
     parameters = f"{sum(tensor.numel() for tensor in model.parameters()):,}".replace(",", " ")
     line = f"{weights}, {parameters} parameters"
-    return LoadedModel(line, parts_of(model), json.loads(json.dumps(settings)), original, workloads, save_assets)
-
-
-def trimmed(ids: list[int], generation: Generation) -> list[int]:
-    """A row of `generate` up to its end token: what follows is padding for the sake of longer rows."""
-    end = next((index for index, token in enumerate(ids) if token in generation.eos), len(ids))
-    return ids[: end + 1]
+    return LoadedModel(
+        line, parts_of(model, generation), json.loads(json.dumps(settings)), original, workloads, save_assets
+    )
 
 
 def built(config: VisionEncoderDecoderConfig, source: str) -> VisionEncoderDecoderModel:

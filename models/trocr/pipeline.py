@@ -67,7 +67,7 @@ def recognise(
 
 
 def workloads(settings: Mapping[str, Any]) -> Dict[str, Callable[[Executor], List[Decoded]]]:
-    """Greedy decoding of a fixed number of tokens, from pre-processed images to token ids."""
+    """Greedy decoding of a fixed number of tokens, from pre-processed images to token ids; rows that end are padded."""
     generation = replace(
         Generation.from_json(settings["generation"]), max_length=1 + TIMED_TOKENS, num_beams=1, eos=(), forced_eos=()
     )

@@ -14,7 +14,7 @@ class CachedSelfAttentionPlugin final : public ClonableOp<CachedSelfAttentionPlu
     std::vector<Attribute> attributes() override { return {attribute("scale", scale_)}; }
     int32_t inputs() const override { return 6; }
     std::vector<Shape> outputs() const override { return {like(0), like(3), like(4)}; }
-    bool is_int32(int32_t input) const override { return input == 5; }
+    bool is_int32(int32_t tensor) const override { return tensor == 5; }
     const char* refuse(const Sizes& sizes) const override {
         for (int32_t input = 0; input < 3; ++input) {
             if (sizes.rank(input) != 3 || differ(sizes(input, 1), 1)) return "query, key and value must be (B, 1, D)";

@@ -61,7 +61,7 @@ class Sizes {
     std::vector<nvinfer1::Dims> dims_;
 };
 
-// One call.  All floating-point inputs and outputs are of one type.
+// One call.  All floating-point inputs and outputs are of one type, that of input 0.
 struct Call {
     DataType type;
     const void* const* in;
@@ -78,13 +78,13 @@ class Op {
     virtual std::vector<Attribute> attributes() = 0;
     virtual int32_t inputs() const = 0;
     virtual std::vector<Shape> outputs() const = 0;
-    virtual bool is_int32(int32_t /*input*/) const { return false; }
+    virtual bool is_int32(int32_t /*tensor*/) const { return false; }  // inputs, then outputs
     // Whether a tensor (inputs, then outputs) is an image: (B, C, H, W) to TensorRT, channel-last to the kernel, see
     // launch.h.  All others are linear.
     virtual bool is_image(int32_t /*tensor*/) const { return false; }
     // Why these shapes cannot be, or nullptr.  A size of -1 is not known yet.
     virtual const char* refuse(const Sizes&) const { return nullptr; }
-    virtual int64_t workspace_bytes(const Sizes&) const { return 0; }
+    virtual int64_t workspace_bytes(const Sizes&, DataType) const { return 0; }
     virtual cudaError_t enqueue(const Sizes&, const Call&) const = 0;
 };
 

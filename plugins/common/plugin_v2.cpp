@@ -35,8 +35,9 @@ class PluginV2 final : public nvinfer1::IPluginV2DynamicExt {
     }
 
     // IPluginV2Ext
-    nvinfer1::DataType getOutputDataType(int32_t, const nvinfer1::DataType* types, int32_t) const noexcept override {
-        return types[0];
+    nvinfer1::DataType getOutputDataType(int32_t index, const nvinfer1::DataType* types,
+                                         int32_t) const noexcept override {
+        return output_type(*op_, index, types[0]);
     }
 
     // IPluginV2DynamicExt

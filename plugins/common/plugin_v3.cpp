@@ -46,7 +46,7 @@ class PluginV3 final : public nvinfer1::IPluginV3,
     int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(op_->outputs().size()); }
     int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t count, const nvinfer1::DataType* inputs,
                                int32_t) const noexcept override {
-        for (int32_t i = 0; i < count; ++i) outputs[i] = inputs[0];
+        for (int32_t i = 0; i < count; ++i) outputs[i] = output_type(*op_, i, inputs[0]);
         return 0;
     }
     int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t, const nvinfer1::DimsExprs*, int32_t,

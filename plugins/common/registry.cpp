@@ -24,10 +24,14 @@ bool takes(const Op& op, int32_t position, nvinfer1::DataType type, nvinfer1::Te
            nvinfer1::DataType first) {
     using Type = nvinfer1::DataType;
     using Format = nvinfer1::TensorFormat;
-    if (position < op.inputs() && op.is_int32(position)) return type == Type::kINT32 && format == Format::kLINEAR;
+    if (op.is_int32(position)) return type == Type::kINT32 && format == Format::kLINEAR;
     if (type != Type::kFLOAT && type != Type::kHALF) return false;
     if (position > 0 && type != first) return false;
     return format == (type == Type::kHALF && op.is_image(position) ? Format::kHWC8 : Format::kLINEAR);
+}
+
+nvinfer1::DataType output_type(const Op& op, int32_t output, nvinfer1::DataType first) {
+    return op.is_int32(op.inputs() + output) ? nvinfer1::DataType::kINT32 : first;
 }
 
 nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* inputs,
@@ -80,7 +84,7 @@ cudaError_t enqueue_transposed(const Op& op, const Sizes& inputs, const Sizes& o
                                void* const* out, void* workspace, cudaStream_t stream) {
     std::vector<const void*> sources(in, in + op.inputs());
     std::vector<void*> targets(out, out + outputs.count());
-    char* free = static_cast<char*>(workspace) + aligned(op.workspace_bytes(inputs));
+    char* free = static_cast<char*>(workspace) + aligned(op.workspace_bytes(inputs, DataType::kFloat));
     cudaError_t error = cudaSuccess;
     for_each_image(op, inputs, outputs, [&](int32_t tensor, const Sizes& sizes, int32_t index) {
         auto* image = reinterpret_cast<float*>(free);
@@ -107,8 +111,8 @@ cudaError_t enqueue_transposed(const Op& op, const Sizes& inputs, const Sizes& o
 }  // namespace
 
 int64_t workspace_bytes(const Op& op, const Sizes& inputs, const Sizes& outputs, nvinfer1::DataType type) {
-    int64_t bytes = op.workspace_bytes(inputs);
-    if (type == nvinfer1::DataType::kHALF) return bytes;
+    if (type == nvinfer1::DataType::kHALF) return op.workspace_bytes(inputs, DataType::kHalf);
+    int64_t bytes = op.workspace_bytes(inputs, DataType::kFloat);
     for_each_image(op, inputs, outputs, [&](int32_t, const Sizes& sizes, int32_t index) {
         bytes = aligned(bytes) + sizes.product_from(index, 0) * sizeof(float);
     });

@@ -18,6 +18,9 @@ bool read_attributes(Op& op, const nvinfer1::PluginFieldCollection& fields);
 bool takes(const Op& op, int32_t position, nvinfer1::DataType type, nvinfer1::TensorFormat format,
            nvinfer1::DataType first);
 
+// The type of an output, given that of input 0.
+nvinfer1::DataType output_type(const Op& op, int32_t output, nvinfer1::DataType first);
+
 nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* inputs,
                                  nvinfer1::IExprBuilder& builder);
 

@@ -19,7 +19,7 @@ class TransposedAttentionPlugin final : public ClonableOp<TransposedAttentionPlu
         }
         return nullptr;
     }
-    int64_t workspace_bytes(const Sizes& sizes) const override {
+    int64_t workspace_bytes(const Sizes& sizes, DataType) const override {
         return transposed_attention_workspace_bytes(sizes(0, 0), sizes(1, 0), head_channels(sizes),
                                                     sizes.product_from(0, 2));
     }

@@ -22,4 +22,14 @@ TRT_GRAFT_API cudaError_t launch_transposed_attention_residual(DataType type, co
 TRT_GRAFT_API int64_t transposed_attention_residual_workspace_bytes(int64_t batch, int64_t heads, int64_t head_channels,
                                                                     int64_t pixels);
 
+// The same for FP16 and heads of whole packs of 16 bytes, where something else has made v and what the first kernel,
+// gram, leaves behind (see transposed_attention/gram.cuh).
+//
+// v         `batch` images of `pixels` pixels, with channels (heads, head_channels)
+// partials  the sums of `shares` shares of the pixels, per head; space for the attention follows, of
+//           batch · heads · (padded head_channels)² FP16 values
+cudaError_t launch_behind_gram(const void* v, const void* temperature, const void* weight, const void* bias,
+                               const void* residual, void* y, float* partials, int64_t shares, int64_t batch,
+                               int64_t heads, int64_t head_channels, int64_t pixels, cudaStream_t stream);
+
 }  // namespace trt_graft

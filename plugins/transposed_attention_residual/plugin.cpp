@@ -30,7 +30,7 @@ class TransposedAttentionResidualPlugin final : public ClonableOp<TransposedAtte
         }
         return nullptr;
     }
-    int64_t workspace_bytes(const Sizes& sizes) const override {
+    int64_t workspace_bytes(const Sizes& sizes, DataType) const override {
         return transposed_attention_residual_workspace_bytes(sizes(0, 0), sizes(1, 0), head_channels(sizes),
                                                              sizes.product_from(0, 2));
     }

@@ -1,0 +1,39 @@
+// LayerNormLinear (x (B, 1, K), gamma, beta (K), weight (N, K), bias (N)) → h (B, 1, K), y (B, 1, N); attributes
+// epsilon, activation.
+#include "common/op.h"
+#include "layer_norm_linear/kernel.cuh"
+
+namespace trt_graft {
+namespace {
+
+class LayerNormLinearPlugin final : public ClonableOp<LayerNormLinearPlugin> {
+  public:
+    const char* name() const override { return "LayerNormLinear"; }
+    std::vector<Attribute> attributes() override {
+        return {attribute("epsilon", epsilon_), attribute("activation", activation_)};
+    }
+    int32_t inputs() const override { return 5; }
+    std::vector<Shape> outputs() const override { return {like(0), of({{0, 0}, {0, 1}, {3, 0}})}; }
+    const char* refuse(const Sizes& sizes) const override {
+        if (sizes.rank(0) != 3 || differ(sizes(0, 1), 1)) return "x must be (B, 1, K)";
+        const int64_t inputs = sizes(0, 2);
+        if (differ(inputs, sizes(1, 0)) || differ(inputs, sizes(2, 0))) return "gamma and beta must be (K)";
+        if (sizes.rank(3) != 2 || differ(inputs, sizes(3, 1))) return "weight must be (N, K)";
+        if (differ(sizes(3, 0), sizes(4, 0))) return "bias must be (N)";
+        return nullptr;
+    }
+    cudaError_t enqueue(const Sizes& sizes, const Call& call) const override {
+        return launch_layer_norm_linear(call.type, call.in[0], call.in[1], call.in[2], call.in[3], call.in[4],
+                                        call.out[0], call.out[1], sizes(0, 0), sizes(0, 2), sizes(3, 0), epsilon_,
+                                        activation_, call.stream);
+    }
+
+  private:
+    float epsilon_ = 0;
+    int32_t activation_ = 0;
+};
+
+const Registered<LayerNormLinearPlugin> registered;
+
+}  // namespace
+}  // namespace trt_graft

@@ -9,8 +9,13 @@
 // before. A kernel may have started several ahead of the oldest one running, but behind its own wait nothing older runs
 // any more: neither one that still writes what it reads, nor one that still reads memory that TensorRT lets it reuse.
 //
+// A kernel calls allow_dependents when it begins.  That takes nothing from it: the next kernel's first block starts
+// after this kernel's last one, where that has left room.  It may then keep shared memory and registers busy, but only
+// its own other blocks want them.  Where it needs a multiprocessor for itself, it starts when this kernel's block there
+// has ended, and gains the time until all have.
+//
 // Below compute capability 9.0, and behind a kernel that never calls allow_dependents, kernels simply follow each
-// other.
+// other.  So do those that are launched by <<<…>>>: each starts when all before it have ended.
 #pragma once
 
 #include <utility>
@@ -47,7 +52,8 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                              cudaStream_t stream, Arguments&&... arguments) {
     // One division of L1 and shared memory for all: a multiprocessor does not change it while a block runs, and the
-    // next kernel's blocks could not join this one's.
+    // next kernel's blocks could not join this one's.  Kernels that live on L1, as the depthwise ones do, are better
+    // launched by <<<…>>>.
     auto error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (!error && shared_bytes > 48 << 10) {  // more must be asked for, on each device
@@ -55,6 +61,9 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threa
     }
     bool early = false;
     if (!error) error = find_whether_early(reinterpret_cast<const void*>(kernel), early);
+#ifdef TRT_GRAFT_SERIAL  // to measure what it gains
+    early = false;
+#endif
     if (error) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -19,6 +19,7 @@
 
 #include <type_traits>
 
+#include "common/dependent_launch.cuh"
 #include "common/kernel.cuh"
 #include "common/tensor_core.cuh"
 
@@ -43,17 +44,6 @@ inline cudaError_t find_gpu(Gpu& gpu) {
     if (!error) error = cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (!error) error = cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     return error;
-}
-
-template <typename Kernel, typename... Arguments>
-cudaError_t launch_with_shared(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                               Arguments... arguments) {
-    if (shared_bytes > 48 << 10) {  // more must be asked for, on each device
-        const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-        if (error) return error;
-    }
-    kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
-    return cudaGetLastError();
 }
 
 // ---- Tensor cores ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,24 @@
 
 #include <cstdint>
 
+#include "common/kernel.cuh"
+
 namespace trt_graft {
+
+// Starts to copy 16 bytes to shared memory, or to fill them with zeros.  Turing cannot, and copies here and now.
+__device__ inline void copy_or_clear(__half* target, const __half* source, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(address), "l"(source), "r"(exists ? 16 : 0)
+                 : "memory");
+#else
+    Pack<__half, 8> pack = {};
+    if (exists) pack = load_pack<8>(source);
+    store_pack(target, pack);
+#endif
+}
 
 // Four 8×8 matrices from shared memory; lane l passes the address of row l % 8 of matrix l / 8.  A lane gets the values
 // of row `group`, columns 2·pair and 2·pair + 1 of each.
@@ -23,7 +40,15 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const __half* row) {
                  : "memory");
 }
 
-// The same, transposed: column `group`, rows 2·pair and 2·pair + 1.
+// One matrix; lanes 0 … 7 pass its rows.
+__device__ inline uint32_t load_matrix(const __half* row) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    uint32_t word;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+
+// Four matrices, transposed: column `group`, rows 2·pair and 2·pair + 1.
 __device__ inline void load_matrices_transposed(uint32_t (&words)[4], const __half* row) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -45,21 +45,6 @@ __device__ float exp2_fast(float x) {
     return y;
 }
 
-// Starts to copy 16 bytes to shared memory, or to fill them with zeros.  Turing cannot, and copies here and now.
-__device__ void copy_or_clear(__half* target, const __half* source, bool exists) {
-#if __CUDA_ARCH__ >= 800
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(address), "l"(source), "r"(exists ? 16 : 0)
-                 : "memory");
-#else
-    Pack<__half, 8> pack = {};
-    if (exists) pack = load_pack<8>(source);
-    store_pack(target, pack);
-#endif
-}
-
 constexpr int kWarps = 4;  // side by side along the queries
 constexpr int kTile = 16;  // rows of a fragment, and the granularity of keys and columns
 

@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
     constexpr int kPixels = 2 * STRIPS;  // of a lane: `group`, group + 8, …
     // The slice, of `columns` outputs: fragments (tiles, granules), bias, gamma, beta.
     extern __shared__ uint4 shared[];
+    allow_dependents();
     uint4* const fragments = shared;
     auto* const biases = reinterpret_cast<__half*>(fragments + columns / 8 * GRANULES * 32);
     __half *const gammas = biases + columns, *const betas = gammas + GRANULES * kGranule;
@@ -111,8 +112,6 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
             }
         }
     };
-    load(blockIdx.y);
-
     // Three copies, in the order in which they are needed.
     copy_values(gammas, norm_weight, channels, GRANULES * kGranule);
     copy_values(betas, norm_bias, channels, GRANULES * kGranule);
@@ -128,6 +127,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
     };
     copy_tiles(0, half < tiles ? half : tiles);
     copy_tiles(half, tiles);
+    wait_for_previous();
+    load(blockIdx.y);
 
     for (int share = blockIdx.y; share < shares; share += gridDim.y) {
         if (channels % 8 != 0) {  // padding
@@ -233,12 +234,12 @@ cudaError_t launch_tensor_cores(const Arguments& a, cudaStream_t stream) {
     if (columns == 0 || shares > INT32_MAX / 2) return cudaErrorInvalidValue;
     const int64_t most = gpu.multiprocessors > slices ? gpu.multiprocessors / slices : 1;
     const dim3 grid(slices, static_cast<unsigned>(shares < most ? shares : most));
-    return launch_with_shared(tensor_core_kernel<GRANULES, WHOLE, WARPS, STRIPS>, grid, WARPS * 32,
-                              columns * kColumnBytes + kMoreBytes, stream, static_cast<const __half*>(a.x),
-                              static_cast<const __half*>(a.norm_weight), static_cast<const __half*>(a.norm_bias),
-                              static_cast<const __half*>(a.weight), static_cast<const __half*>(a.bias),
-                              static_cast<__half*>(a.y), a.pixels, static_cast<int>(shares), a.channels, a.outputs,
-                              a.pitch_x, a.pitch_y, a.epsilon, a.subtract_mean, columns);
+    return launch_dependent(tensor_core_kernel<GRANULES, WHOLE, WARPS, STRIPS>, grid, WARPS * 32,
+                            columns * kColumnBytes + kMoreBytes, stream, static_cast<const __half*>(a.x),
+                            static_cast<const __half*>(a.norm_weight), static_cast<const __half*>(a.norm_bias),
+                            static_cast<const __half*>(a.weight), static_cast<const __half*>(a.bias),
+                            static_cast<__half*>(a.y), a.pixels, static_cast<int>(shares), a.channels, a.outputs,
+                            a.pitch_x, a.pitch_y, a.epsilon, a.subtract_mean, columns);
 }
 
 // ---- FP32 multiply-adds ---------------------------------------------------------------------------------------------
@@ -284,11 +285,11 @@ cudaError_t launch_multiply_adds(const Arguments& a, cudaStream_t stream) {
     const auto launch = [&](auto kernel, int rows) {
         const int64_t blocks = ceil_div(a.pixels, rows * kSide) * ceil_div(a.outputs, kBlockOutputs);
         if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-        return launch_with_shared(kernel, static_cast<unsigned>(blocks), kSide * kSide, 0, stream,
-                                  static_cast<const T*>(a.x), static_cast<const T*>(a.norm_weight),
-                                  static_cast<const T*>(a.norm_bias), static_cast<const T*>(a.weight),
-                                  static_cast<const T*>(a.bias), static_cast<T*>(a.y), a.pixels, a.channels, a.outputs,
-                                  a.pitch_x, a.pitch_y, a.epsilon, a.subtract_mean);
+        kernel<<<static_cast<unsigned>(blocks), kSide * kSide, 0, stream>>>(
+            static_cast<const T*>(a.x), static_cast<const T*>(a.norm_weight), static_cast<const T*>(a.norm_bias),
+            static_cast<const T*>(a.weight), static_cast<const T*>(a.bias), static_cast<T*>(a.y), a.pixels, a.channels,
+            a.outputs, a.pitch_x, a.pitch_y, a.epsilon, a.subtract_mean);
+        return cudaGetLastError();
     };
     return a.pixels > kFewPixels ? launch(multiply_add_kernel<T, 8>, 8) : launch(multiply_add_kernel<T, 4>, 4);
 }

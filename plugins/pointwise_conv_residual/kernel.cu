@@ -35,10 +35,11 @@ cudaError_t launch_multiply_adds(const PointwiseArguments& a, cudaStream_t strea
     const auto launch = [&](auto kernel, int rows) {
         const int64_t blocks = ceil_div(a.pixels, rows * kSide) * ceil_div(a.outputs, kBlockOutputs);
         if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-        return launch_with_shared(kernel, static_cast<unsigned>(blocks), kSide * kSide, 0, stream,
-                                  static_cast<const T*>(a.x), static_cast<const T*>(a.weight),
-                                  static_cast<const T*>(a.bias), static_cast<const T*>(a.residual),
-                                  static_cast<T*>(a.y), a.pixels, a.channels, a.outputs, a.pitch_x, a.pitch_y);
+        kernel<<<static_cast<unsigned>(blocks), kSide * kSide, 0, stream>>>(
+            static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<const T*>(a.bias),
+            static_cast<const T*>(a.residual), static_cast<T*>(a.y), a.pixels, a.channels, a.outputs, a.pitch_x,
+            a.pitch_y);
+        return cudaGetLastError();
     };
     return a.pixels > kFewPixels ? launch(multiply_add_kernel<T, 8>, 8) : launch(multiply_add_kernel<T, 4>, 4);
 }

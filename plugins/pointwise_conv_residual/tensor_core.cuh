@@ -52,7 +52,8 @@ struct Granule {
 // blockIdx is (slice, share of the pixels, image): blocks that read the same pixels are neighbours.  With several parts
 // each block has one share only, since the partial sums take the place of the weights.
 //
-// WEIGHTS that differ from image to image make their fragments themselves.
+// WEIGHTS that differ from image to image make their fragments themselves, of what a kernel has left.  Given ones are
+// on their way before the kernel waits.
 template <int TILES, int ROWS, int PARTS, typename WEIGHTS>
 __global__ void __launch_bounds__(kResidualWarps * 32, 1)
     pointwise_residual_kernel(const __half* __restrict__ x, const __half* __restrict__ weight,
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(kResidualWarps * 32, 1)
     const int64_t origin = WEIGHTS::kPerImage ? blockIdx.z * pixels : 0;
     // The slice: bias, fragments (granules, tiles).  A step is a granule for each part.
     extern __shared__ uint4 shared[];
+    allow_dependents();
     auto* const biases = reinterpret_cast<__half*>(shared);
     uint4* const fragments = shared + TILES;
     const int first = static_cast<int>(blockIdx.x) * TILES * 8;
@@ -88,10 +90,6 @@ __global__ void __launch_bounds__(kResidualWarps * 32, 1)
         return granule;
     };
 
-    Source source = source_of(blockIdx.y);
-    Granule ahead[kResidualAhead];
-    for (int i = 0; i < kResidualAhead; ++i) ahead[i] = load(source, i);
-
     // Two copies, in the order in which they are needed.
     const int half = (steps + 2 * kResidualAhead - 1) / (2 * kResidualAhead) * kResidualAhead;
     const auto copy_steps = [&](int begin, int end) {
@@ -105,12 +103,19 @@ __global__ void __launch_bounds__(kResidualWarps * 32, 1)
     };
     copy_values(biases, bias + first, outputs - first, TILES * 8);
     if constexpr (WEIGHTS::kPerImage) {
-        weights_of.template make<TILES, kResidualWarps>(fragments, weight, first, steps * PARTS, outputs, channels);
-        __pipeline_commit();
-        __pipeline_commit();
+        weights_of.prefetch(weight, first, TILES * 8, outputs, channels);
     } else {
         copy_steps(0, half < steps ? half : steps);
         copy_steps(half, steps);
+    }
+    wait_for_previous();
+    Source source = source_of(blockIdx.y);
+    Granule ahead[kResidualAhead];
+    for (int i = 0; i < kResidualAhead; ++i) ahead[i] = load(source, i);
+    if constexpr (WEIGHTS::kPerImage) {
+        weights_of.template make<TILES, kResidualWarps>(fragments, weight, first, steps * PARTS, outputs, channels);
+        __pipeline_commit();
+        __pipeline_commit();
     }
 
     for (int share = blockIdx.y; share < shares; share += gridDim.y) {
@@ -214,7 +219,7 @@ bool try_residual_kernel(const PointwiseArguments& a, int64_t images, const WEIG
     const int64_t most = gpu.multiprocessors > slices * images ? gpu.multiprocessors / (slices * images) : 1;
     const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(PARTS > 1 || shares < most ? shares : most),
                     static_cast<unsigned>(images));
-    error = launch_with_shared(
+    error = launch_dependent(
         pointwise_residual_kernel<TILES, ROWS, PARTS, WEIGHTS>, grid, kResidualWarps * 32, static_cast<int>(bytes),
         stream, static_cast<const __half*>(a.x), static_cast<const __half*>(a.weight),
         static_cast<const __half*>(a.bias), static_cast<const __half*>(a.residual), static_cast<__half*>(a.y), a.pixels,

@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/dependent_launch.cuh"
 #include "common/kernel.cuh"
 #include "common/tensor_core.cuh"
 
@@ -62,21 +63,6 @@ __device__ const T* find_q(const T* qkv, const HeadShape& shape) {
 
 // ---- Tensor cores ---------------------------------------------------------------------------------------------------
 
-// Starts to copy 16 bytes to shared memory, or to fill them with zeros.  Turing cannot, and copies here and now.
-__device__ inline void copy_or_clear(__half* target, const __half* source, bool exists) {
-#if __CUDA_ARCH__ >= 800
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(address), "l"(source), "r"(exists ? 16 : 0)
-                 : "memory");
-#else
-    Pack<__half, 8> pack = {};
-    if (exists) pack = load_pack<8>(source);
-    store_pack(target, pack);
-#endif
-}
-
 // How gram works on q and k of WIDTH channels each.
 template <int WIDTH>
 struct Gram {
@@ -106,6 +92,8 @@ __global__ void __launch_bounds__(Gram<WIDTH>::kThreads, 1)
     gram_kernel(const __half* qkv, float* partials, HeadShape shape, int64_t share_pixels) {
     using G = Gram<WIDTH>;
     __shared__ alignas(16) __half tiles[G::kTiles][G::kTile];
+    allow_dependents();
+    wait_for_previous();
     const int64_t first = blockIdx.y * share_pixels;
     const int64_t size = share_pixels < shape.pixels - first ? share_pixels : shape.pixels - first;
     const int count = ceil_div(size, G::kPixels);
@@ -317,6 +305,8 @@ __global__ void __launch_bounds__(Softmax<WIDTH>::kThreads, Softmax<WIDTH>::kBlo
     using S = Softmax<WIDTH>;
     constexpr int kAtOnce = 8;  // loads on their way
     __shared__ alignas(16) float sums[S::kGroups][S::kPacks * 4], totals[S::kPacks * 4];
+    allow_dependents();
+    wait_for_previous();
     const T scale = temperature[blockIdx.x % heads];
     const int row = blockIdx.y;
     const int pack = threadIdx.x % S::kPacks, group = threadIdx.x / S::kPacks;
@@ -375,7 +365,7 @@ __global__ void __launch_bounds__(Softmax<WIDTH>::kThreads, Softmax<WIDTH>::kBlo
     }
 }
 
-// What both kernels work on.
+// What both kernels work on.  Errors of their launches are left to cudaGetLastError.
 template <typename T>
 struct Scores {
     const T *qkv, *temperature;
@@ -395,18 +385,29 @@ struct Scores {
     // The memory behind gram's sums.
     float* behind() const { return partials + all_heads * shares.count * partial_size(padded(shape.channels)); }
 
-    // M says where an element of a head's attention goes, M::place, and its type, M::Element.
-    template <int WIDTH, bool ALIGNED, typename M>
-    void launch(typename M::Element* attention, cudaStream_t stream) const {
-        const dim3 gram_grid(all_heads, shares.count);
+    template <int WIDTH, bool ALIGNED>
+    void launch_gram(cudaStream_t stream) const {
+        const dim3 grid(all_heads, shares.count);
         if constexpr (ALIGNED && std::is_same_v<T, __half>) {
-            gram_kernel<WIDTH><<<gram_grid, Gram<WIDTH>::kThreads, 0, stream>>>(qkv, partials, shape, shares.pixels);
+            launch_dependent(gram_kernel<WIDTH>, grid, Gram<WIDTH>::kThreads, 0, stream, qkv, partials, shape,
+                             shares.pixels);
         } else {
             plain_gram_kernel<T, WIDTH, ALIGNED>
-                <<<gram_grid, PlainGram<WIDTH>::kThreads, 0, stream>>>(qkv, partials, shape, shares.pixels);
+                <<<grid, PlainGram<WIDTH>::kThreads, 0, stream>>>(qkv, partials, shape, shares.pixels);
         }
-        softmax_kernel<T, WIDTH, M><<<dim3(all_heads, WIDTH), Softmax<WIDTH>::kThreads, 0, stream>>>(
-            partials, temperature, attention, shape.heads, shape.channels, static_cast<int>(shares.count));
+    }
+
+    // M says where an element of a head's attention goes, M::place, and its type, M::Element.
+    template <int WIDTH, typename M>
+    void launch_softmax(typename M::Element* attention, cudaStream_t stream) const {
+        launch_dependent(softmax_kernel<T, WIDTH, M>, dim3(all_heads, WIDTH), Softmax<WIDTH>::kThreads, 0, stream,
+                         partials, temperature, attention, shape.heads, shape.channels, static_cast<int>(shares.count));
+    }
+
+    template <int WIDTH, bool ALIGNED, typename M>
+    void launch(typename M::Element* attention, cudaStream_t stream) const {
+        launch_gram<WIDTH, ALIGNED>(stream);
+        launch_softmax<WIDTH, M>(attention, stream);
     }
 };
 

@@ -39,6 +39,16 @@ struct FoldedWeights {
     const __half* attention;          // (images, heads, column, row)
     int head_channels, width;         // of the `width` columns and rows, those that exist
 
+    // Brings `weight` of a slice, `rows` neighbouring rows, to L2: what can be done before `attention` is there.
+    __device__ void prefetch(const __half* weight, int first, int rows, int outputs, int channels) const {
+        if (blockIdx.y + blockIdx.z > 0) return;  // one block does it for all of its slice
+        const auto* const begin = weight + first * channels;
+        const int count = min(rows, outputs - first) * channels;
+        for (int i = threadIdx.x * 64; i < count; i += blockDim.x * 64) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(begin + i));
+        }
+    }
+
     template <int TILES, int WARPS>
     __device__ void make(uint4* fragments, const __half* __restrict__ weight, int first, int granules, int outputs,
                          int channels) const {
@@ -158,12 +168,22 @@ struct Call {
     int64_t batch;
 
     cudaError_t on_tensor_cores(const Gpu& gpu, cudaStream_t stream) const {
+        dispatch_heads<T>(scores.shape.channels, [&](auto width, auto aligned) {
+            if constexpr (decltype(aligned)::value && std::is_same_v<T, __half>) {
+                scores.template launch_gram<decltype(width)::value, true>(stream);
+            }
+        });
+        return behind_gram(gpu, stream);
+    }
+
+    // The same, once gram's sums are there.
+    cudaError_t behind_gram(const Gpu& gpu, cudaStream_t stream) const {
         auto* const attention = reinterpret_cast<__half*>(scores.behind());
         const int head_channels = scores.shape.channels;
         dispatch_heads<T>(head_channels, [&](auto width, auto aligned) {
             constexpr int kWidth = decltype(width)::value;
             if constexpr (decltype(aligned)::value && std::is_same_v<T, __half>) {
-                scores.template launch<kWidth, true, Columns<kWidth>>(attention, stream);
+                scores.template launch_softmax<kWidth, Columns<kWidth>>(attention, stream);
             }
         });
         cudaError_t error = cudaGetLastError();
@@ -190,14 +210,20 @@ struct Call {
             const int64_t shares = ceil_div(a.pixels, rows * kSide);
             const int64_t blocks = batch * shares * ceil_div(a.channels, kBlockOutputs);
             if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-            return launch_with_shared(
-                kernel, static_cast<unsigned>(blocks), kSide * kSide, 0, stream, static_cast<const T*>(a.x),
-                static_cast<const float*>(folded), static_cast<const T*>(a.bias), static_cast<const T*>(a.residual),
-                static_cast<T*>(a.y), a.pixels, static_cast<unsigned>(shares), a.channels, a.pitch_x, a.pitch_y);
+            kernel<<<static_cast<unsigned>(blocks), kSide * kSide, 0, stream>>>(
+                static_cast<const T*>(a.x), static_cast<const float*>(folded), static_cast<const T*>(a.bias),
+                static_cast<const T*>(a.residual), static_cast<T*>(a.y), a.pixels, static_cast<unsigned>(shares),
+                a.channels, a.pitch_x, a.pitch_y);
+            return cudaGetLastError();
         };
         return batch * a.pixels > kFewPixels ? apply(apply_kernel<T, 8>, 8) : apply(apply_kernel<T, 4>, 4);
     }
 };
+
+// Whether FP16 goes through tensor cores.
+bool takes_tensor_cores(int64_t batch, int64_t channels, int64_t head_channels, const Gpu& gpu) {
+    return head_channels % 8 == 0 && batch <= UINT16_MAX && fits_residual_kernel(static_cast<int>(channels), gpu);
+}
 
 }  // namespace
 
@@ -231,11 +257,27 @@ cudaError_t launch_transposed_attention_residual(DataType type, const void* qkv,
         Gpu gpu;
         error = find_gpu(gpu);
         if (error) return;
-        const bool whole_packs = std::is_same_v<T, __half> && head_channels % 8 == 0;
-        const bool tensor_cores = whole_packs && batch <= UINT16_MAX && fits_residual_kernel(channels, gpu);
-        error = tensor_cores ? call.on_tensor_cores(gpu, stream) : call.on_multiply_adds(stream);
+        error = std::is_same_v<T, __half> && takes_tensor_cores(batch, channels, head_channels, gpu)
+                    ? call.on_tensor_cores(gpu, stream)
+                    : call.on_multiply_adds(stream);
     });
     return error ? error : launched;
+}
+
+cudaError_t launch_behind_gram(const void* v, const void* temperature, const void* weight, const void* bias,
+                               const void* residual, void* y, float* partials, int64_t shares, int64_t batch,
+                               int64_t heads, int64_t head_channels, int64_t pixels, cudaStream_t stream) {
+    const int64_t channels = heads * head_channels;
+    Gpu gpu;
+    if (const cudaError_t error = find_gpu(gpu)) return error;
+    if (!takes_tensor_cores(batch, channels, head_channels, gpu)) return cudaErrorInvalidValue;
+    const HeadShape shape{static_cast<int>(heads), static_cast<int>(head_channels), channels, pixels, 0, channels};
+    Call<__half> call = {Scores<__half>(nullptr, temperature, partials, shape, batch),
+                         {v, weight, bias, residual, y, pixels, static_cast<int>(channels), static_cast<int>(channels),
+                          static_cast<int>(channels), static_cast<int>(channels)},
+                         batch};
+    call.scores.shares.count = shares;
+    return call.behind_gram(gpu, stream);
 }
 
 }  // namespace trt_graft

@@ -1,0 +1,284 @@
+// Layer normalisation, two 1 × 1 convolutions with a gated depthwise one between them, and the residual connection.
+//
+// Floor: x is read and y written once, but 3·hidden·channels multiply-adds for each pixel weigh more: tensor cores have
+// to be busy all the time, also with the depthwise convolution.  There are two kernels.  The first one goes from x to
+// the gated hidden channels, see common/norm_conv_depthwise.cuh: what project_in makes, twice as wide, never goes to
+// memory.  A chunk has 16 channels of the gate and the 16 values that they are multiplied by.  Where an image has few
+// tiles, the hidden channels are cut into slices, one for a block, so that every multiprocessor has work.  The second
+// kernel is pointwise_conv_residual's.
+//
+// FP32, and sizes that are not whole packs of 16 bytes, pass three other plugins' kernels, a strip of rows at a time.
+#include "common/norm_conv_depthwise.cuh"
+#include "gated_depthwise_conv/kernel.cuh"
+#include "gated_feed_forward/kernel.cuh"
+#include "norm_pointwise_conv/kernel.cuh"
+#include "pointwise_conv_residual/kernel.cuh"
+
+namespace trt_graft {
+namespace {
+
+struct Arguments {
+    const void *x, *norm_weight, *norm_bias, *project_in, *project_in_bias, *depthwise, *depthwise_bias, *project_out,
+        *project_out_bias;
+    void *y, *workspace;
+    int64_t batch, height, width, channels, hidden;
+    float epsilon;
+    int32_t subtract_mean;
+};
+
+// ---- Tensor cores ---------------------------------------------------------------------------------------------------
+
+constexpr int kGates = 16;  // of a chunk; as many values follow them
+
+// max(x, 0); NaN stays NaN.
+__device__ float positive_part(float x) {
+#if __CUDA_ARCH__ >= 800
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return x <= 0 ? 0 : x;
+#endif
+}
+
+// 2^x, or 0 where that is below the normal numbers.
+__device__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// x · Φ(x) = max(x, 0) − |x| · Φ(−|x|), whose logarithm is a polynomial: as near to the exact GELU as ½x · (1 + erff),
+// in half as many instructions.  From |x| = 12 on the second term is nothing.
+__device__ float gelu(float x) {
+    constexpr float kLog2[] = {-1.90204889e-06f, 2.80566983e-05f, -0.000131471839f,
+                               -0.000272079807f, 0.00724542793f,  -0.0526276156f,
+                               -0.459162146f,    -1.15111101f,    -1.f};
+    const float distance = fminf(fabsf(x), 12);
+    float log2 = kLog2[0];
+    for (int i = 1; i < 9; ++i) log2 = fmaf(log2, distance, kLog2[i]);
+    return fmaf(-distance, power_of_two(log2), positive_part(x));
+}
+
+// Gates a chunk.  A warp has few channels of many pixels, memory wants all 16 of a pixel: 32 bytes, which pass shared
+// memory.
+template <typename Core, int COLUMNS>
+struct Gate {
+    static constexpr int kChannels = Core::kTaskRows / 2;  // of a warp
+    static constexpr int kWords = kChannels / 2;           // of two channels
+    static constexpr int kBytes = 2 * Core::kPixels * kGates * 2;
+    static_assert(kWords == 1 || kWords == 2);
+
+    uint32_t* staged;                         // two buffers (pixel, 8 words)
+    __half* target;                           // the tile's first pixel
+    int rows, columns, width, hidden, first;  // of the tile that exist, of the image; hidden channels, the first one
+
+    template <typename Convolve>
+    __device__ void take(int chunk, int task, int row, int column, Convolve convolve) const {
+        uint32_t words[4][kWords];
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            float gated[2][4];
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const int channel = task * kChannels + 2 * i + n;
+                float gates[4], values[4];
+                convolve(channel, gates);
+                convolve(kGates + channel, values);
+#pragma unroll
+                for (int p = 0; p < 4; ++p) gated[n][p] = gelu(gates[p]) * values[p];
+            }
+#pragma unroll
+            for (int p = 0; p < 4; ++p) words[p][i] = as_word(__floats2half2_rn(gated[0][p], gated[1][p]));
+        }
+        uint32_t* const stage = staged + chunk % 2 * (Core::kPixels * 8) + (task * kWords ^ mask(row));
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            uint32_t* const to = stage + slot(row, column + p / 2 * 8 + p % 2) * 8;
+            if constexpr (kWords == 2) {
+                *reinterpret_cast<uint2*>(to) = {words[p][0], words[p][1]};
+            } else {
+                *to = words[p][0];
+            }
+        }
+    }
+
+    __device__ void finish(int chunk) const {
+        const auto* const stage = reinterpret_cast<const uint4*>(staged + chunk % 2 * (Core::kPixels * 8));
+#pragma unroll 1
+        for (unsigned i = threadIdx.x; i < Core::kPixels * 2; i += Core::kThreads) {
+            const unsigned place = i / 2, half = i % 2;
+            const int row = place / COLUMNS, column = place % (COLUMNS / 2) * 2 + place / (COLUMNS / 2) % 2;
+            const int channel = first + chunk * kGates + half * 8;
+            uint4 words = stage[place * 2 + (half ^ mask(row) / 4)];
+            if (mask(row) & 1) words = {words.y, words.x, words.w, words.z};
+            if (mask(row) & 2) words = {words.z, words.w, words.x, words.y};
+            if (row < rows && column < columns && channel < hidden) {
+                *reinterpret_cast<uint4*>(target + (row * width + column) * hidden + channel) = words;
+            }
+        }
+    }
+
+  private:
+    // Where a pixel is: what a warp stores at once, neighbouring pixels with even numbers in 8 rows, lies in all banks.
+    // So even columns come first, and in each row another of the words.
+    static __device__ int slot(int row, int column) { return row * COLUMNS + column % 2 * (COLUMNS / 2) + column / 2; }
+    static __device__ int mask(int row) { return row * kWords & 7; }
+};
+
+// blockIdx.x is (image, row of tiles, tile, slice of the hidden channels): blocks that read the same pixels are
+// neighbours.
+template <int STEPS, int WARPS, int STRIPS, int ROWS, int COLUMNS>
+__global__ void __launch_bounds__(WARPS * 32, 1)
+    gate_kernel(const NormConvDepthwiseArguments a, __half* __restrict__ y, int hidden, int slices, int chunks) {
+    using Core = NormConvDepthwise<STEPS, WARPS, STRIPS, ROWS, COLUMNS>;
+    extern __shared__ uint4 shared[];
+    allow_dependents();
+    Core core(shared, a);
+    const int first = static_cast<int>(blockIdx.x % slices) * chunks * kGates;
+    const auto units = [&](int chunk, int unit) {
+        const int channel = first + chunk * kGates + unit % 2 * kUnit;
+        return channel < hidden ? unit / 2 * hidden + channel : kNoUnit;
+    };
+    core.start(units);
+    wait_for_previous();
+
+    const unsigned tile = blockIdx.x / slices;
+    const unsigned across = (a.width + COLUMNS - 1) / COLUMNS, down = (a.height + ROWS - 1) / ROWS;
+    const int row = tile / across % down * ROWS, column = tile % across * COLUMNS;
+    const int64_t image = tile / across / down;
+    core.load(image, row, column);
+    Gate<Core, COLUMNS> gate = {reinterpret_cast<uint32_t*>(shared + Core::kBytes / 16),
+                                y + ((image * a.height + row) * a.width + column) * hidden,
+                                a.height - row,
+                                a.width - column,
+                                a.width,
+                                hidden,
+                                first};
+    const int left = (hidden - first + kGates - 1) / kGates;
+    core.run(left < chunks ? left : chunks, units, gate);
+}
+
+// Launches the kernel, if shared memory has room for it and the grid for its blocks.
+template <int STEPS, int WARPS, int STRIPS, int ROWS, int COLUMNS>
+bool try_gate_kernel(const Arguments& a, const Gpu& gpu, cudaStream_t stream, cudaError_t& error) {
+    using Core = NormConvDepthwise<STEPS, WARPS, STRIPS, ROWS, COLUMNS>;
+    constexpr int kBytes = Core::kBytes + Gate<Core, COLUMNS>::kBytes;
+    const int64_t tiles = a.batch * ceil_div(a.height, ROWS) * ceil_div(a.width, COLUMNS);
+    if (kBytes > gpu.shared_bytes || tiles > INT32_MAX / ceil_div(a.hidden, kGates)) return false;
+    if (a.width * a.hidden > INT32_MAX / (ROWS + 1)) return false;  // pixels of a tile are found by int
+    // The cut with which the multiprocessors, a block each, do the least one after the other: to begin and to end with
+    // a tile is as much work as some chunks.
+    constexpr int kMore = 4;
+    const int64_t all = ceil_div(a.hidden, kGates);
+    int64_t best = all;
+    const auto work = [&](int64_t n) { return ceil_div(tiles * ceil_div(all, n), gpu.multiprocessors) * (n + kMore); };
+    for (int64_t n = all - 1; n > 0; --n) {
+        if (work(n) < work(best)) best = n;
+    }
+    const auto half = [](const void* pointer) { return static_cast<const __half*>(pointer); };
+    const NormConvDepthwiseArguments arguments = {half(a.x),
+                                                  half(a.norm_weight),
+                                                  half(a.norm_bias),
+                                                  half(a.project_in),
+                                                  half(a.project_in_bias),
+                                                  half(a.depthwise),
+                                                  half(a.depthwise_bias),
+                                                  static_cast<int>(a.channels),
+                                                  static_cast<int>(a.height),
+                                                  static_cast<int>(a.width),
+                                                  a.epsilon,
+                                                  a.subtract_mean != 0};
+    const int slices = static_cast<int>(ceil_div(all, best));
+    error = launch_dependent(gate_kernel<STEPS, WARPS, STRIPS, ROWS, COLUMNS>, dim3(tiles * slices), WARPS * 32, kBytes,
+                             stream, arguments, static_cast<__half*>(a.workspace), static_cast<int>(a.hidden), slices,
+                             static_cast<int>(best));
+    return true;
+}
+
+// Launches the gate's kernel that suits the channels; false if none does.
+bool launch_gate_kernel(const Arguments& a, cudaStream_t stream, cudaError_t& error) {
+    if (a.channels % 8 != 0 || a.hidden % 8 != 0 || a.height > INT32_MAX / 2) return false;
+    Gpu gpu;
+    error = find_gpu(gpu);
+    if (error) return true;
+    // The larger the tile, the less of it is halo.  The second ones are for GPUs with 99 KB of shared memory.
+    const auto launch = [&](auto... tries) { return (tries(a, gpu, stream, error) || ...); };
+    if (a.channels <= 48) return launch(try_gate_kernel<3, 16, 5, 16, 32>, try_gate_kernel<3, 8, 6, 16, 16>);
+    if (a.channels <= 96) return launch(try_gate_kernel<6, 16, 5, 16, 32>, try_gate_kernel<6, 8, 6, 16, 16>);
+    if (a.channels <= 192) return launch(try_gate_kernel<12, 16, 3, 16, 16>, try_gate_kernel<12, 8, 3, 8, 16>);
+    if (a.channels <= 384) return launch(try_gate_kernel<24, 8, 3, 8, 16>);
+    return false;
+}
+
+// ---- Other plugins' kernels -----------------------------------------------------------------------------------------
+
+constexpr int64_t kStrip = 32;  // rows, with one more above and one below
+
+int64_t strip_rows(int64_t height) { return height < kStrip + 2 ? height : kStrip + 2; }
+
+// A strip at a time: project_in's result, and the gated one behind it, of its rows and those around them.
+cudaError_t launch_strips(DataType type, const Arguments& a, cudaStream_t stream) {
+    const int64_t size = type == DataType::kHalf ? 2 : 4;
+    const int64_t row_x = a.width * pitch(type, a.channels) * size;
+    const int64_t row_projected = a.width * pitch(type, 2 * a.hidden) * size;
+    const int64_t row_gated = a.width * pitch(type, a.hidden) * size;
+    auto *const projected = static_cast<char*>(a.workspace), *const gated =
+                                                                 projected + strip_rows(a.height) * row_projected;
+    for (int64_t image = 0; image < a.batch; ++image) {
+        for (int64_t first = 0; first < a.height; first += kStrip) {
+            const int64_t end = first + kStrip < a.height ? first + kStrip : a.height;
+            const int64_t above = first > 0 ? first - 1 : 0, below = end < a.height ? end + 1 : end;
+            const int64_t rows = below - above, origin = image * a.height;
+            cudaError_t error = launch_norm_pointwise_conv(
+                type, static_cast<const char*>(a.x) + (origin + above) * row_x, a.norm_weight, a.norm_bias,
+                a.project_in, a.project_in_bias, projected, rows * a.width, a.channels, 2 * a.hidden, a.epsilon,
+                a.subtract_mean, stream);
+            if (error) return error;
+            error = launch_gated_depthwise_conv(type, projected, a.depthwise, a.depthwise_bias, gated, 1, rows, a.width,
+                                                a.hidden, stream);
+            if (error) return error;
+            error = launch_pointwise_conv_residual(type, gated + (first - above) * row_gated, a.project_out,
+                                                   a.project_out_bias,
+                                                   static_cast<const char*>(a.x) + (origin + first) * row_x,
+                                                   static_cast<char*>(a.y) + (origin + first) * row_x,
+                                                   (end - first) * a.width, a.hidden, a.channels, stream);
+            if (error) return error;
+        }
+    }
+    return cudaSuccess;
+}
+
+}  // namespace
+
+int64_t gated_feed_forward_workspace_bytes(int64_t batch, int64_t height, int64_t width, int64_t hidden) {
+    if (batch == 0) return 0;
+    const int64_t gated = batch * height * width * pitch(DataType::kHalf, hidden) * 2;
+    // of the larger type: FP16 has padding, but half the size
+    const int64_t channels = pitch(DataType::kHalf, 2 * hidden) + pitch(DataType::kHalf, hidden);
+    const int64_t strips = strip_rows(height) * width * channels * 4;
+    return gated > strips ? gated : strips;
+}
+
+cudaError_t launch_gated_feed_forward(DataType type, const void* x, const void* norm_weight, const void* norm_bias,
+                                      const void* project_in, const void* project_in_bias, const void* depthwise,
+                                      const void* depthwise_bias, const void* project_out, const void* project_out_bias,
+                                      void* y, void* workspace, int64_t batch, int64_t height, int64_t width,
+                                      int64_t channels, int64_t hidden, float epsilon, int32_t subtract_mean,
+                                      cudaStream_t stream) {
+    if (batch * height * width * channels == 0) return cudaSuccess;
+    if (hidden < 1 || channels > kMaxWidth || hidden > kMaxWidth / 2) return cudaErrorInvalidValue;
+    const Arguments a = {
+        x,           norm_weight,      norm_bias, project_in,   project_in_bias, depthwise, depthwise_bias,
+        project_out, project_out_bias, y,         workspace,    batch,           height,    width,
+        channels,    hidden,           epsilon,   subtract_mean};
+    cudaError_t error = cudaSuccess;
+    if (type == DataType::kHalf && launch_gate_kernel(a, stream, error)) {
+        if (error) return error;
+        return launch_pointwise_conv_residual(type, workspace, project_out, project_out_bias, x, y,
+                                              batch * height * width, hidden, channels, stream);
+    }
+    return launch_strips(type, a, stream);
+}
+
+}  // namespace trt_graft

@@ -14,8 +14,9 @@
 // its own other blocks want them.  Where it needs a multiprocessor for itself, it starts when this kernel's block there
 // has ended, and gains the time until all have.
 //
-// Below compute capability 9.0, and behind a kernel that never calls allow_dependents, kernels simply follow each
-// other.  So do those that are launched by <<<…>>>: each starts when all before it have ended.
+// All this only where the library is built with TRT_GRAFT_EARLY_LAUNCH.  Without it, below compute capability 9.0, and
+// behind a kernel that never calls allow_dependents, kernels simply follow each other.  So do those that are launched
+// by <<<…>>>: each starts when all before it have ended.
 #pragma once
 
 #include <utility>
@@ -61,7 +62,7 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threa
     }
     bool early = false;
     if (!error) error = find_whether_early(reinterpret_cast<const void*>(kernel), early);
-#ifdef TRT_GRAFT_SERIAL  // to measure what it gains
+#ifndef TRT_GRAFT_EARLY_LAUNCH
     early = false;
 #endif
     if (error) return error;

@@ -5,7 +5,7 @@ build/<model>/<part>.onnx                   export_onnx.py
 build/<model>/<part>.check.npz              valid random inputs, which later steps check their graphs with
 build/<model>/<part>.<precision>.onnx       surgeon.py
 build/<model>/<part>.<precision>.engine     build_engine.py
-build/<model>/report.*, report/, drift.md, keep-fp32.txt     compare.py
+build/<model>/report.*, report/, ablation.*, drift.md, keep-fp32.txt     compare.py
 """
 
 from __future__ import annotations

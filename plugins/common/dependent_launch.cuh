@@ -52,18 +52,20 @@ inline cudaError_t find_whether_early(const void* kernel, bool& early) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                              cudaStream_t stream, Arguments&&... arguments) {
-    // One division of L1 and shared memory for all: a multiprocessor does not change it while a block runs, and the
-    // next kernel's blocks could not join this one's.  Kernels that live on L1, as the depthwise ones do, are better
-    // launched by <<<…>>>.
-    auto error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (!error && shared_bytes > 48 << 10) {  // more must be asked for, on each device
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > 48 << 10) {  // more must be asked for, on each device
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     }
     bool early = false;
+#ifdef TRT_GRAFT_EARLY_LAUNCH
+    // One division of L1 and shared memory for all: a multiprocessor does not change it while a block runs, and the
+    // next kernel's blocks could not join this one's.  Kernels that live on L1, as the depthwise ones do, are better
+    // launched by <<<…>>>.
+    if (!error) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
+    }
     if (!error) error = find_whether_early(reinterpret_cast<const void*>(kernel), early);
-#ifndef TRT_GRAFT_EARLY_LAUNCH
-    early = false;
 #endif
     if (error) return error;
     cudaLaunchAttribute attribute{};

@@ -1,7 +1,4 @@
-"""Photographs that scikit-image ships, degraded by a known motion blur and noise; and labelled folders of one's own.
-
-python -m models.restormer.samples FOLDER     writes the degraded pictures, FOLDER/clean/ and FOLDER/labels.tsv
-"""
+"""Photographs that scikit-image ships, degraded by a known motion blur and noise; and labelled folders of one's own."""
 
 from __future__ import annotations
 

@@ -103,10 +103,56 @@ def test_kernel_is_the_reference(sizes, position, in_place, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_decodes_step_by_step_in_place(dtype):
-    query, key, value, *caches = random_tensors((2, 3, 40, 64), dtype)
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("capacity", [8, 24, 65, 128, 130, 257, 512])
+@pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 2, 128), (2, 3, 64), (1, 8, 32), (1, 1, 100), (1, 2, 61)])
+def test_kernel_is_the_reference_however_slots_are_divided(rows, heads, head_dim, capacity, in_place, dtype):
+    for position in sorted({0, 1, capacity // 2 - 1, capacity // 2, capacity - 2, capacity - 1}):
+        query, key, value, *caches = random_tensors((rows, heads, capacity, head_dim), dtype)
+        for cache in caches:
+            cache[:, :, position:] = torch.nan
+        expected = cached_self_attention(query, key, value, *caches, position, 0.3)
+        first = None
+        for _ in range(2):
+            actual = launch(query, key, value, *caches, position, 0.3, in_place)
+            kernels.assert_close(actual[0], expected[0])
+            for cache, reference in zip(actual[1:], expected[1:]):
+                torch.testing.assert_close(cache, reference, rtol=0, atol=0, equal_nan=True)
+            first = actual[0] if first is None else first
+            assert torch.equal(actual[0], first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 16, 17, 32, 64])
+def test_kernel_is_the_reference_for_many_rows(rows):
+    """The more rows, the fewer blocks for each head."""
+    query, key, value, *caches = random_tensors((rows, 16, 512, 64), torch.float16)
+    expected = cached_self_attention(query, key, value, *caches, 400, 0.125)
+    actual = launch(query, key, value, *caches, 400, 0.125, in_place=True)
+    kernels.assert_close(actual[0], expected[0])
+    assert all(map(torch.equal, actual[1:], expected[1:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [(True, False), (False, True)])
+def test_kernel_writes_one_cache_in_place(in_place):
+    query, key, value, *caches = random_tensors((1, 2, 300, 64), torch.float16)
+    expected = cached_self_attention(query, key, value, *caches, 150, 0.3)
+    present = [cache if same else torch.full_like(cache, torch.nan) for cache, same in zip(caches, in_place)]
+    y, position = torch.full_like(query, torch.nan), torch.tensor([150], dtype=torch.int32, device="cuda")
+    tensors = (query, key, value, *caches, position, y, *present)
+    kernels.launch("cached_self_attention", query.dtype, *tensors, *caches[0].shape, 0.3)
+    kernels.assert_close(y, expected[0])
+    assert all(map(torch.equal, present, expected[1:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("capacity", "head_dim"), [(40, 64), (140, 128)])
+def test_kernel_decodes_step_by_step_in_place(capacity, head_dim, dtype):
+    query, key, value, *caches = random_tensors((2, 3, capacity, head_dim), dtype)
     expected = [cache.clone() for cache in caches]
-    for position in range(40):
+    for position in range(capacity):
         query, key, value = key, value, query + position % 3
         y, *_ = launch(query, key, value, *caches, position, 0.1, in_place=True)
         expected_y, *expected = cached_self_attention(query, key, value, *expected, position, 0.1)

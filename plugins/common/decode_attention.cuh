@@ -1,23 +1,57 @@
 // One new token's attention to rows of keys and values, for one head: the core of cross_attention and
 // cached_self_attention.
 //
-// Floor: keys and values are read once.  A block takes a head.  Lanes side by side hold one row between them, a team;
-// each team walks over tokens of its own with an online softmax, several tokens at a time, so that enough loads are on
-// their way.  Teams are then combined in a fixed order: results repeat bit for bit.
+// Floor: keys and values are read once, which takes all multiprocessors and many loads on their way at once.  A head's
+// tokens are divided among blocks, more of them the fewer heads there are.  Lanes side by side hold one row between
+// them, a team; each team walks over tokens of its own with an online softmax, several tokens at a time.  Teams, then
+// the blocks of a head, which form a cluster (see cluster.cuh), are combined in a fixed order: results repeat bit for
+// bit.
+//
+// The next kernel may start, and fetch its weights, as soon as this one runs (see dependent_launch.cuh).  Likewise this
+// one brings its rows into L2 while the one before it still runs.
 #pragma once
 
+#include <algorithm>
 #include <cfloat>
+#include <type_traits>
 
-#include "common/kernel.cuh"
+#include "common/cluster.cuh"
 
 namespace trt_graft {
 
-constexpr int kDecodeThreads = 512;
+constexpr int kDecodeThreads = 256;
 constexpr int kDecodeMaxHeadDim = 128;
+constexpr int kDecodeBatch = 4;  // tokens of a team whose loads are on their way at once
+
+// N elements that nobody reads again, or zeros.
+template <int N, typename T>
+__device__ Pack<T, N> load_once(const T* source, bool exists) {
+    Pack<T, N> pack = {};
+    if constexpr (sizeof(pack) == 16) {
+        const auto load = [=] {
+            uint4 words;
+            asm volatile(
+                "{\n"
+                ".reg .pred exists;\n"
+                "setp.ne.s32 exists, %5, 0;\n"
+                "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+                "@exists ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                "}\n"
+                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                : "l"(source), "r"(static_cast<int>(exists)));
+            return words;
+        };
+        *reinterpret_cast<uint4*>(&pack) = load();
+    } else if (exists) {
+        pack = load_pack<N>(source);
+    }
+    return pack;
+}
 
 // How rows of head_dim elements are shared: lane i of a team holds the packs i, i + lanes, …, PACKS of N elements.
 template <typename T, int N, int PACKS>
 struct Team {
+    static constexpr int kWidth = N, kPacks = PACKS;
     int head_dim;
     int lanes;  // a power of two, at most 32
 
@@ -28,20 +62,29 @@ struct Team {
     }
 
     __device__ int index() const { return threadIdx.x / lanes; }
-    __device__ int count() const { return kDecodeThreads / lanes; }
+    __host__ __device__ int count() const { return kDecodeThreads / lanes; }
     __device__ int column(int p) const { return (p * lanes + threadIdx.x % lanes) * N; }
 
-    // The lane's part of a row; what lies behind head_dim is left as it is.
-    __device__ void load(Pack<T, N> (&part)[PACKS], const T* row) const {
-        for (int p = 0; p < PACKS; ++p) {
-            if (column(p) < head_dim) part[p] = load_pack<N>(row + column(p));
-        }
+    // The lane's part of a row; zeros behind head_dim, or where there is no row.
+    __device__ void load(Pack<T, N> (&part)[PACKS], const T* row, bool exists = true) const {
+        for (int p = 0; p < PACKS; ++p) part[p] = load_once<N>(row + column(p), exists && column(p) < head_dim);
     }
 
     __device__ void store(T* row, const Pack<T, N> (&part)[PACKS]) const {
         for (int p = 0; p < PACKS; ++p) {
             if (column(p) < head_dim) store_pack(row + column(p), part[p]);
         }
+    }
+
+    // Brings rows into L2, where that is the whole block's work for one thread.  Nothing is read: rows that another
+    // kernel is about to write are none the worse for it.
+    __device__ void prefetch(const T* rows, int count) const {
+#if __CUDA_ARCH__ >= 900
+        if (N * sizeof(T) == 16 && threadIdx.x == 0 && count > 0) {
+            const auto bytes = static_cast<unsigned>(count * head_dim * int{sizeof(T)});
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows), "r"(bytes) : "memory");
+        }
+#endif
     }
 };
 
@@ -57,51 +100,102 @@ void dispatch_team(int64_t head_dim, Launch launch) {
     }
 }
 
-// y = softmax(query · scale · keyᵀ) · value by a block of kDecodeThreads threads, for one head: query and y (head_dim).
-// key_row(t) and value_row(t) point to the rows of token t, 0 ≤ t < tokens.
-template <typename T, int N, int PACKS, typename KeyRow, typename ValueRow>
+// Calls launch(BLOCKS) with the number of blocks for each head, as a type: as many as run at once on an H200, at_once
+// on each multiprocessor, and have more than one batch for each team between them.  Without a look at the device,
+// unless it has no clusters.  `kernel` is one of those to choose from.
+template <typename Team, typename Launch>
+cudaError_t dispatch_blocks(const void* kernel, const Team& team, int64_t heads, int64_t tokens, int at_once,
+                            Launch launch) {
+    constexpr int kMultiprocessorsOfH200 = 132;
+    int64_t blocks = 1;
+    while (blocks < kMaxClusterBlocks && 2 * blocks * heads <= at_once * kMultiprocessorsOfH200 &&
+           blocks * kDecodeBatch * team.count() < tokens) {
+        blocks *= 2;
+    }
+    bool clusters = false;
+    if (blocks > 1) {
+        const auto error = find_whether_clusters(kernel, clusters);
+        if (error) return error;
+    }
+    if (!clusters) return launch(std::integral_constant<int, 1>{});
+    if (blocks == 2) return launch(std::integral_constant<int, 2>{});
+    if (blocks == 4) return launch(std::integral_constant<int, 4>{});
+    return launch(std::integral_constant<int, kMaxClusterBlocks>{});
+}
+
+// Launches a kernel for `heads` heads, BLOCKS blocks for each.
+template <int BLOCKS, typename... Parameters, typename... Arguments>
+cudaError_t launch_decode_attention(void (*kernel)(Parameters...), int64_t heads, cudaStream_t stream,
+                                    Arguments&&... arguments) {
+    const auto grid = static_cast<unsigned>(heads * BLOCKS);
+    if constexpr (BLOCKS == 1) {
+        return launch_dependent(kernel, grid, kDecodeThreads, 0, stream, std::forward<Arguments>(arguments)...);
+    } else {
+        return launch_dependent_clusters(kernel, BLOCKS, grid, kDecodeThreads, stream,
+                                         std::forward<Arguments>(arguments)...);
+    }
+}
+
+// The tokens begin … begin + count − 1 of 0 … tokens − 1 are this block's, one of BLOCKS.
+template <int BLOCKS>
+struct TokenShare {
+    int begin, count;
+
+    __device__ explicit TokenShare(int tokens) {
+        const int share = tokens / BLOCKS + (tokens % BLOCKS > 0), block = blockIdx.x % BLOCKS;
+        begin = static_cast<int>(min(unsigned(block) * share, unsigned(tokens)));
+        count = min(share, tokens - begin);
+    }
+
+    // Of them, how many all teams load at once.
+    template <typename Team>
+    __device__ int first_batch(const Team& team) const {
+        return min(count, kDecodeBatch * team.count());
+    }
+};
+
+// y = softmax(query · scale · keyᵀ) · value by BLOCKS blocks of kDecodeThreads threads, for one head: query and y
+// (head_dim).  key_row(t) and value_row(t) point to the rows of the block's own token t, 0 ≤ t < count.  take(t, key,
+// value) is called once for each by the team that has loaded them.  In a cluster, all threads must have called
+// cluster_begin.
+template <int BLOCKS, typename T, int N, int PACKS, typename KeyRow, typename ValueRow, typename Take>
 __device__ void decode_attention(const Team<T, N, PACKS>& team, const T* query, KeyRow key_row, ValueRow value_row,
-                                 T* y, int64_t tokens, float scale) {
-    constexpr int kBatch = 4;  // tokens whose loads are on their way at once
+                                 Take take, T* y, int count, float scale) {
     constexpr int kWarps = kDecodeThreads / 32;
     constexpr unsigned kAllLanes = 0xffffffffu;
 
-    Pack<T, N> unscaled[PACKS] = {};
+    Pack<T, N> unscaled[PACKS];
     team.load(unscaled, query);
-    float scaled[PACKS][N];
-    for (int p = 0; p < PACKS; ++p) {
-        for (int n = 0; n < N; ++n) scaled[p][n] = to_float(unscaled[p].values[n]) * scale;
-    }
 
     // Over the team's tokens: the highest score, Σ exp(score − highest), Σ exp(score − highest) · value.  The highest
     // begins finite: of a team without tokens, −∞ − −∞ would make a NaN.
     float highest = -FLT_MAX, sum = 0, mixed[PACKS][N] = {};
 
     // All teams run as often as the first: the shuffles need every lane.
-    for (int64_t first = 0; first < tokens; first += kBatch * team.count()) {
+#pragma unroll 1
+    for (int first = 0; first < count; first += kDecodeBatch * team.count()) {
         const auto token = [&](int b) { return first + b * team.count() + team.index(); };
-        Pack<T, N> keys[kBatch][PACKS] = {}, values[kBatch][PACKS] = {};
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            if (token(b) < tokens) {
-                team.load(keys[b], key_row(token(b)));
-                team.load(values[b], value_row(token(b)));
+        Pack<T, N> keys[kDecodeBatch][PACKS], values[kDecodeBatch][PACKS];
+        for (int b = 0; b < kDecodeBatch; ++b) team.load(keys[b], key_row(token(b)), token(b) < count);
+        for (int b = 0; b < kDecodeBatch; ++b) team.load(values[b], value_row(token(b)), token(b) < count);
+
+        float scores[kDecodeBatch] = {};
+        for (int p = 0; p < PACKS; ++p) {
+            for (int n = 0; n < N; ++n) {
+                const float factor = to_float(unscaled[p].values[n]) * scale;
+                for (int b = 0; b < kDecodeBatch; ++b) scores[b] += factor * to_float(keys[b][p].values[n]);
             }
         }
-
-        float scores[kBatch] = {};
-        for (int b = 0; b < kBatch; ++b) {
-            for (int p = 0; p < PACKS; ++p) {
-                for (int n = 0; n < N; ++n) scores[b] += scaled[p][n] * to_float(keys[b][p].values[n]);
-            }
+        for (int b = 0; b < kDecodeBatch; ++b) {
+            if (token(b) < count) take(token(b), keys[b], values[b]);
         }
         for (int offset = team.lanes / 2; offset > 0; offset /= 2) {
-            for (int b = 0; b < kBatch; ++b) scores[b] += __shfl_xor_sync(kAllLanes, scores[b], offset);
+            for (int b = 0; b < kDecodeBatch; ++b) scores[b] += __shfl_xor_sync(kAllLanes, scores[b], offset);
         }
 
         const float previous = highest;
-        for (int b = 0; b < kBatch; ++b) {
-            if (token(b) >= tokens) scores[b] = -INFINITY;
+        for (int b = 0; b < kDecodeBatch; ++b) {
+            if (token(b) >= count) scores[b] = -INFINITY;
             highest = fmaxf(highest, scores[b]);
         }
         const float shrink = expf(previous - highest);
@@ -109,7 +203,7 @@ __device__ void decode_attention(const Team<T, N, PACKS>& team, const T* query, 
         for (int p = 0; p < PACKS; ++p) {
             for (int n = 0; n < N; ++n) mixed[p][n] *= shrink;
         }
-        for (int b = 0; b < kBatch; ++b) {
+        for (int b = 0; b < kDecodeBatch; ++b) {
             const float weight = expf(scores[b] - highest);
             sum += weight;
             for (int p = 0; p < PACKS; ++p) {
@@ -148,16 +242,42 @@ __device__ void decode_attention(const Team<T, N, PACKS>& team, const T* query, 
     }
     __syncthreads();
     const int column = threadIdx.x;
-    if (column >= team.head_dim) return;
-    highest = warp_highest[0];
-    for (int w = 1; w < kWarps; ++w) highest = fmaxf(highest, warp_highest[w]);
     float total = 0, result = 0;
-    for (int w = 0; w < kWarps; ++w) {
-        const float share = expf(warp_highest[w] - highest);
-        total += share * warp_sums[w];
-        result += share * warp_mixed[w][column];
+    if (column < team.head_dim) {
+        highest = warp_highest[0];
+        for (int w = 1; w < kWarps; ++w) highest = fmaxf(highest, warp_highest[w]);
+        for (int w = 0; w < kWarps; ++w) {
+            const float part = expf(warp_highest[w] - highest);
+            total += part * warp_sums[w];
+            result += part * warp_mixed[w][column];
+        }
     }
-    y[column] = from_float<T>(result / total);
+
+    // The blocks of the cluster, likewise, through the first one's shared memory, into which all others write.
+    if constexpr (BLOCKS > 1) {
+        __shared__ float block_highest[BLOCKS], block_sums[BLOCKS], block_mixed[BLOCKS][kDecodeMaxHeadDim];
+        const int block = blockIdx.x % BLOCKS;
+        cluster_wait();  // all blocks have begun
+        if (column == 0) {
+            store_in_first_block(block_highest[block], highest);
+            store_in_first_block(block_sums[block], total);
+        }
+        if (column < team.head_dim) store_in_first_block(block_mixed[block][column], result);
+        cluster_arrive();
+        cluster_wait();
+        if (block > 0) return;
+        if (column < team.head_dim) {
+            highest = block_highest[0];
+            for (int b = 1; b < BLOCKS; ++b) highest = fmaxf(highest, block_highest[b]);
+            total = result = 0;
+            for (int b = 0; b < BLOCKS; ++b) {
+                const float part = expf(block_highest[b] - highest);
+                total += part * block_sums[b];
+                result += part * block_mixed[b][column];
+            }
+        }
+    }
+    if (column < team.head_dim) y[column] = from_float<T>(result / total);
 }
 
 }  // namespace trt_graft

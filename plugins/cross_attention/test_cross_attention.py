@@ -64,6 +64,44 @@ def test_kernel_is_the_reference(sizes, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 31, 33, 64, 65, 129, 255, 257, 300, 513, 577, 600])
+@pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 1, 128), (1, 2, 127), (2, 3, 64), (1, 8, 32), (3, 1, 34)])
+def test_kernel_is_the_reference_however_tokens_are_divided(rows, heads, head_dim, tokens, dtype):
+    torch.manual_seed(0)
+    query = torch.randn(rows, 1, heads * head_dim, device="cuda").to(dtype)
+    key, value = (torch.randn(rows, heads, tokens, head_dim, device="cuda").to(dtype) for _ in range(2))
+    y = launch(query, key, value, 0.3)
+    kernels.assert_close(y, cross_attention(query, key, value, 0.3))
+    for _ in range(3):
+        assert torch.equal(y, launch(query, key, value, 0.3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64])
+def test_kernel_is_the_reference_for_many_rows(rows):
+    """The more rows, the fewer blocks for each head."""
+    torch.manual_seed(0)
+    query = torch.randn(rows, 1, 16 * 64, device="cuda").half()
+    key, value = (torch.randn(rows, 16, 577, 64, device="cuda").half() for _ in range(2))
+    y = launch(query, key, value, 0.125)
+    kernels.assert_close(y, cross_attention(query, key, value, 0.125))
+    assert torch.equal(y, launch(query, key, value, 0.125))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("token", [0, 72, 73, 288, 576])
+def test_kernel_finds_the_one_token_that_counts(token, dtype):
+    """All others' weights vanish, also those of whole blocks."""
+    torch.manual_seed(0)
+    query = torch.ones(1, 1, 4 * 64, device="cuda").to(dtype)
+    key, value = (torch.randn(1, 4, 577, 64, device="cuda").to(dtype) for _ in range(2))
+    key[:, :, token] = 100
+    assert torch.equal(launch(query, key, value, 1.0), value[:, :, token].flatten(1)[:, None])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 20])
 def test_kernel_keeps_scores_beyond_fp16_finite(head_dim, dtype):
     torch.manual_seed(0)
@@ -75,7 +113,7 @@ def test_kernel_keeps_scores_beyond_fp16_finite(head_dim, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 64), (33, 16), (130, 128), (33, 5)])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 64), (33, 16), (130, 128), (33, 5), (577, 64)])
 def test_kernel_reads_nothing_outside(tokens, head_dim, dtype):
     """NaN before and behind key and value does not reach y."""
     torch.manual_seed(0)

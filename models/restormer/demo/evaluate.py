@@ -4,6 +4,9 @@ python -m models.restormer.demo.photographs build/photos build/photos-held-out
 python -m models.restormer.demo.evaluate models/restormer/demo/restormer.safetensors --held-out build/photos-held-out
 
 The card, README.md beside the weights, is made of what is measured here and of what train.py noted in the weights file.
+`--write-pairs FOLDER` writes the degraded photographs and the clean ones instead, as a data set:
+
+    python compare.py restormer --images FOLDER --labels FOLDER/labels.tsv
 """
 
 from __future__ import annotations
@@ -111,14 +114,34 @@ def on_crops(restorer: Restorer) -> list[Row]:
     return rows
 
 
+def degraded_by(length: int, angle: float, truths: list[np.ndarray]) -> list[np.ndarray]:
+    """Pictures moved by `length` pixels at `angle` degrees, degraded as the samples are."""
+    random = np.random.default_rng(0)
+    kernel = samples.motion_kernel(length, angle)
+    return [samples.degrade(truth, kernel, random) for truth in truths]
+
+
+def write_pairs(files: list[Path], folder: Path) -> None:
+    """Stores the photographs, degraded by each of MOTIONS, with clean/ and the labels.tsv that pairs them."""
+    truths = [read_file(path).pixels for path in files]
+    rows = []
+    for file, truth in zip(files, truths):
+        samples.write_picture(truth, folder / "clean" / f"{file.stem}.png")
+    for length, angle in MOTIONS:
+        for file, picture in zip(files, degraded_by(length, angle, truths)):
+            name = f"{file.stem}-{length}px.png"
+            samples.write_picture(picture, folder / name)
+            rows.append(f"{name}\tclean/{file.stem}.png\n")
+    with replacing(folder / "labels.tsv") as temporary:
+        temporary.write_text("".join(rows), encoding="utf-8")
+
+
 def on_photographs(restorer: Restorer, files: list[Path]) -> list[Row]:
     """Mean accuracy over whole photographs for each of MOTIONS, degraded as the samples are."""
     truths = [read_file(path).pixels for path in files]
     rows = []
     for length, angle in MOTIONS:
-        random = np.random.default_rng(0)
-        kernel = samples.motion_kernel(length, angle)
-        degraded = [samples.degrade(truth, kernel, random) for truth in truths]
+        degraded = degraded_by(length, angle, truths)
         restored = [restorer(pixels) for pixels in tqdm(degraded, desc=f"{length} px", leave=False)]
         rows.append(Row(f"{length} px at {angle}°", metric.score(degraded, truths), metric.score(restored, truths)))
     return rows
@@ -220,9 +243,15 @@ def write_card(weights: Path, held_out: Optional[Path], device: torch.device) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="the weights file that train.py has written")
+    parser.add_argument("weights", type=Path, nargs="?", help="the weights file that train.py has written")
     parser.add_argument("--held-out", type=Path, metavar="FOLDER", help="photographs to measure on besides the samples")
+    parser.add_argument("--write-pairs", type=Path, metavar="FOLDER", help="write the measured photographs instead")
     arguments = parser.parse_args()
+    if arguments.write_pairs and arguments.held_out:
+        write_pairs(picture_files(arguments.held_out), arguments.write_pairs)
+        return 0
+    if arguments.weights is None or arguments.write_pairs:
+        parser.error("name a weights file, or --held-out and --write-pairs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(write_card(arguments.weights, arguments.held_out, device))
     return 0

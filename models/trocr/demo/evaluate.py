@@ -1,9 +1,12 @@
 """How well the demo reads what it has not been trained on: other fonts, other scans of digits, a photographed page.
 
-Usage: python -m models.trocr.demo.evaluate --fonts FOLDER [--model FOLDER] [--samples FOLDER]
+Usage: python -m models.trocr.demo.evaluate --fonts FOLDER [--model FOLDER] [--samples FOLDER] [--write-lines FOLDER]
 
-prints the figures of the model as it is stored, and ends with status 1 if it misses a bar.  `--samples` writes sample
-images of held-out fonts and digits, with their labels.tsv, instead: with them the demo runs where no fonts are.
+prints the figures of the model as it is stored, and ends with status 1 if it misses a bar.  Instead, `--samples` writes
+sample images of held-out fonts and digits, with their labels.tsv: with them the demo runs where no fonts are.  And
+`--write-lines` writes the 2000 printed and 500 handwritten lines that the figures come from, as a data set:
+
+    python compare.py trocr --images FOLDER --labels FOLDER/labels.tsv
 """
 
 from __future__ import annotations
@@ -132,6 +135,18 @@ def samples(source: Sources) -> Iterator[tuple[str, Image.Image, str]]:
         yield f"digits-{number + 1}", grayed(ink, len(SAMPLES) + number), text
 
 
+def write_lines(source: Sources, folder: Path) -> None:
+    """Stores the lines of `evaluate` as a data set: PNG files of (WIDTH, HEIGHT) and a labels.tsv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = []
+    for name, count, written_share in (("printed", PRINTED, 0), ("digits", WRITTEN, 1)):
+        lines = made_lines(source, count, written_share)
+        for number, (picture, text) in enumerate(zip(lines.pictures, lines.texts), 1):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{name}-{number:04}.png")
+            labels.append(f"{name}-{number:04}.png\t{text}\n")
+    (folder / "labels.tsv").write_text("".join(labels), encoding="utf-8")
+
+
 def grayed(ink: Image.Image, seed: int) -> Image.Image:
     picture = photographed(np.asarray(ink)[None], SEED + seed)[0].permute(1, 2, 0).numpy()
     return Image.fromarray(picture).convert("L").quantize(32)
@@ -210,11 +225,13 @@ def main() -> int:
     parser.add_argument("--fonts", type=Path, required=True, help="what models.trocr.demo.fonts has collected")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the model's folder (this one)")
     parser.add_argument("--samples", type=Path, help="write sample images into this folder instead")
+    parser.add_argument("--write-lines", type=Path, metavar="FOLDER", help="write the measured lines instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    if arguments.samples:
-        write_samples(sources(arguments.fonts, held_out=True), arguments.samples)
-        return 0
+    for folder, write in ((arguments.samples, write_samples), (arguments.write_lines, write_lines)):
+        if folder:
+            write(sources(arguments.fonts, held_out=True), folder)
+            return 0
     found = evaluate(arguments.model, arguments.fonts, arguments.device)
     print(json.dumps(found, indent=1))
     missed = [name for name, limit in BARS.items() if found[name]["CER %"] > limit]

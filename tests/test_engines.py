@@ -102,7 +102,7 @@ class Case:
             [values[name] for name in self.outputs],
             [
                 numpy_helper.from_array(
-                    shape if isinstance(shape, np.ndarray) else random.uniform(0.5, 1.5, shape).astype(dtype), name
+                    shape if isinstance(shape, np.ndarray) else weight(shape, random).astype(dtype), name
                 )
                 for name, shape in self.weights.items()
             ],
@@ -122,6 +122,12 @@ class Case:
             for sizes in self.sizes
             for _ in range(2)
         ]
+
+
+def weight(shape: Sequence[int], random: np.random.Generator) -> np.ndarray:
+    """Factors and offsets near 1; matrices whose products are as large as what they multiply."""
+    inputs = int(np.prod(shape[1:]))
+    return random.uniform(0.5, 1.5, shape) if inputs == 1 else random.standard_normal(shape) / np.sqrt(inputs)
 
 
 IMAGES = [
@@ -208,6 +214,24 @@ CASES = [
         {"y": IMAGE_48},
         IMAGES,
         dict(epsilon=1e-5, subtract_mean=1, channels=256),
+    ),
+    Case(
+        "transposed_attention_block",
+        {"x": IMAGE_96},
+        {
+            "norm_weight": [96],
+            "norm_bias": [96],
+            "qkv_weight": [288, 96, 1, 1],
+            "qkv_bias": [288],
+            "depthwise_weight": [288, 1, 3, 3],
+            "depthwise_bias": [288],
+            "temperature": [2, 1, 1],
+            "weight": [96, 96, 1, 1],
+            "bias": [96],
+        },
+        {"y": IMAGE_96},
+        IMAGES,
+        dict(epsilon=1e-5, subtract_mean=1, channels=288),
     ),
     Case(
         "pixel_unshuffle",

@@ -26,7 +26,8 @@ for TrOCR, {"image": file, "clean": file} for Restormer, with file names relativ
 memory piece by piece and is timed in one pass; the built-in samples are timed in several.
 
 --find-drift runs the patched graphs tensor by tensor, see models/drift.py, and leaves build/<model>/drift.md, where the
-error of each tensor is, and keep-fp32.txt, which `surgeon.py --keep-fp32` takes.
+error of each tensor is, and keep-fp32.txt, which `surgeon.py --keep-fp32` takes.  Where TensorRT is, it also builds
+engines whose outputs are all tensors, and ends with what engines with these nodes in FP32 make of the bars.
 
 --ablation builds every plugin's subgraph twice as a small engine, as the plugin and as TensorRT's own layers, also for
 plugins that are off by default, at every size that the parts are timed at.  It leaves build/<model>/ablation.md and
@@ -40,7 +41,6 @@ status 1 when a bar is missed or an executor fails.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import platform
@@ -52,21 +52,22 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Dict, FrozenSet, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, FrozenSet, List, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 import plugins
-from build_engine import TensorRT, describe, find_tensorrt, for_this_gpu, gpu_name, graph_for_parser, identity
-from infer_trt import Call, DeviceArray, OnnxRuntimeExecutor, TensorRTExecutor
-from models import ablation, drift
+from build_engine import gpu_name
+from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
+from models import ablation, drift, engines
+from models.ablation import random_inputs
 from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
-from models.report import LISTED, REFERENCE, number, show, write_report
+from models.engines import last_words, started
+from models.report import LISTED, REFERENCE, latency, number, show, write_report
 from models.spec import (
     AnySample,
     Bar,
@@ -101,10 +102,6 @@ PART_ERROR = "part max abs"  # the metric of a bar on all parts
 MOST_TRIALS = 50  # runs of the whole model to make a set of nodes smaller
 PICTURES = "report"  # folder beside report.md
 DONE = "samples done:"  # how a worker's lines on progress begin
-READY = "ready"  # what a worker says that waits for nodes
-ROW = "measured:"  # how its answers begin
-RUNS = 10  # of an engine in one CUDA graph: its launch takes as long as a small kernel
-COMPARED = 1 << 24  # values of a large image that are compared
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,24 +299,6 @@ def by_plugin(times: Mapping[str, float], owners: Mapping[str, str]) -> Dict[Tup
     return sums
 
 
-def random_inputs(part: Part, limits: Mapping[str, Tuple[int, int]]) -> Iterator[Tuple[str, Dict[str, np.ndarray]]]:
-    """Name and inputs of a part at each of the sizes that it is timed at, as far as they lie within `limits`."""
-    random = np.random.default_rng(0)
-    for sizes in part.time_at:
-        if any(not low <= sizes[name] <= high for name, (low, high) in limits.items()):
-            continue
-        values = random.random(1_000_003, dtype=np.float32)  # repeated: gigabytes of random numbers take their time
-        yield (
-            f"{part.name}, {ablation.listed(sizes)}",
-            {
-                tensor.name: np.full(tensor.sizes(sizes), sizes[tensor.name], tensor.dtype)
-                if tensor.name in sizes
-                else np.resize(values, tensor.sizes(sizes))
-                for tensor in part.inputs
-            },
-        )
-
-
 def run_samples(run: Callable[[Sequence[Any]], List[Any]], task: Task, size: int, results: Path) -> List[float]:
     """Runs all samples in batches of `size` and leaves their results in the file `results`.
 
@@ -392,12 +371,6 @@ def error_statistics(reference: np.ndarray, values: np.ndarray) -> Dict[str, flo
         for kind, errors in (("abs", absolute), ("rel", relative))
         for name, function in STATISTICS.items()
     }
-
-
-def latency(values: Sequence[float], items: int = 1) -> Dict[str, float]:
-    """Median, 20th and 80th percentile in ms, per item."""
-    low, middle, high = np.percentile(values, [20, 50, 80]) / items
-    return {"median": float(middle), "p20": float(low), "p80": float(high)}
 
 
 def evaluate(
@@ -549,27 +522,6 @@ def run_worker(folder: BuildFolder, label: str, shared: Path, python: str, count
         return None if process.returncode == 0 else last_words(process, errors)
 
 
-def started(folder: BuildFolder, python: str, errors: IO[str], *arguments: str) -> subprocess.Popen[str]:
-    """This script as a worker on a build folder."""
-    return subprocess.Popen(
-        [python, __file__, folder.spec.name, "--build-dir", str(folder.path.parent), *arguments],
-        # packages of this interpreter are none of another's
-        env={**os.environ, "PYTHONPATH": ""} if python != sys.executable else None,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        errors="replace",
-    )
-
-
-def last_words(process: subprocess.Popen[str], errors: IO[str]) -> str:
-    """Why a worker failed."""
-    errors.seek(0)
-    lines = [line for line in errors.read().splitlines() if line.strip()]
-    return lines[-1] if lines else f"ended with status {process.returncode}"
-
-
 def labels_of(
     kinds: Sequence[str], precisions: Sequence[str], on_gpu: bool, baseline: Optional[BuildFolder]
 ) -> List[str]:
@@ -712,7 +664,7 @@ class Fp16Trials:
 
     def run(self, models: Sequence[onnx.ModelProto]) -> Tuple[List[np.ndarray], List[Any]]:
         """The outputs of all parts on their check inputs, and the samples' results; `models` take and give FP32."""
-        parts, spec, settings = self.folder.parts(), self.folder.spec, self.folder.manifest()["settings"]
+        parts, settings = self.folder.parts(), self.folder.manifest()["settings"]
         for part, model in zip(parts, models):
             self.scratch.onnx(part.name, "fp32").write_bytes(model.SerializeToString())
         executor = OnnxRuntimeExecutor(self.scratch, "fp32")
@@ -723,22 +675,24 @@ class Fp16Trials:
             for output in executor.run(part.name, inputs).values()
             if output.dtype.kind == "f"
         ]
-        batches = [self.items[start : start + spec.batch_size] for start in range(0, len(self.items), spec.batch_size)]
-        results = [result for items in batches for result in spec.run(executor, settings, self.folder.path, items)]
-        return outputs, results
+        return outputs, engines.run_items(self.folder.spec, executor, settings, self.folder.path, self.items)
 
     def judged(self, keep: Collection[str]) -> List[Dict[str, Any]]:
         """The bars of FP16 with these nodes in FP32."""
         key = frozenset(keep)
         if key not in self.known:
-            outputs, results = self.run([drift.rounded(self.model(one, "fp16", keep)) for one in self.grafted])
-            errors = [np.abs(output - expected).max() for output, expected in zip(outputs, self.expected[0])]
-            metrics = {PART_ERROR: float(np.max(errors))}
-            if results:
-                metrics.update(self.folder.spec.difference(self.expected[1], results))
-            self.known[key] = [judge(bar, metrics[bar.metric]) for bar in self.bars]
+            models = [drift.rounded(self.model(one, "fp16", keep)) for one in self.grafted]
+            self.known[key] = self.verdict(*self.run(models))
             print(f"  {len(keep)} nodes in FP32: {described(self.known[key])}", flush=True)
         return self.known[key]
+
+    def verdict(self, outputs: Sequence[np.ndarray], results: Sequence[Any]) -> List[Dict[str, Any]]:
+        """The bars of what FP16 made of the check inputs and the samples."""
+        errors = [np.abs(output - expected).max() for output, expected in zip(outputs, self.expected[0])]
+        metrics = {PART_ERROR: float(np.max(errors))}
+        if results:
+            metrics.update(self.folder.spec.difference(self.expected[1], results))
+        return [judge(bar, metrics[bar.metric]) for bar in self.bars]
 
     def meets(self, keep: Collection[str]) -> bool:
         return all(bar["met"] for bar in self.judged(keep))
@@ -754,6 +708,81 @@ class Fp16Trials:
         ]
 
 
+class Fp16Engines:
+    """The same graphs as engines, built and run by the interpreter `python`.
+
+    built_with  what the latest engines depend on, None where there is none
+    """
+
+    def __init__(self, trials: Fp16Trials, scratch: Path, python: str) -> None:
+        self.trials, self.python = trials, python
+        self.folder = BuildFolder(scratch, trials.folder.spec.name)
+        self.folder.path.mkdir(parents=True)
+        self.built_with: Optional[Dict[str, Optional[str]]] = None
+
+    def errors(self) -> List[drift.TensorError]:
+        """The errors of all tensors of the parts that TensorRT can build and run so."""
+        found: List[drift.TensorError] = []
+        with engines.Workers(self.folder, self.python, "run") as workers:
+            for one, exact in zip(self.trials.grafted, self.trials.exact):
+                half, input_sets = self.trials.model(one, "fp16"), self.trials.folder.check_inputs(one.part)
+                names = [name for node in drift.nodes_of(exact.graph) for name in node.outputs]
+                part, marked = drift.marked(one.part, half, names)
+                problem = self.run(workers, [drift.sized(part, input_sets, only=True)], [marked])
+                if problem is not None:
+                    print(f"TensorRT does not run {part.name} with all tensors as outputs: {problem}", flush=True)
+                    continue
+                with np.load(self.folder.path / engines.OUTPUTS) as outputs:
+                    values = partial(values_of, outputs, part.name)
+                    found += drift.tensor_errors(part.name, exact, half, input_sets, values)
+        return found
+
+    def judged(self, keep: Collection[str]) -> List[Dict[str, Any]]:
+        """The bars of engines with these nodes in FP32, for all sizes that build_engine.py's take."""
+        trials = self.trials
+        parts = [drift.sized(one.part, trials.folder.check_inputs(one.part), only=False) for one in trials.grafted]
+        if trials.items:
+            given = pickle.dumps((str(trials.folder.path.resolve()), trials.items), protocol=4)
+            (self.folder.path / engines.ITEMS).write_bytes(given)
+        with engines.Workers(self.folder, self.python, "run") as workers:
+            problem = self.run(workers, parts, [trials.model(one, "fp16", keep) for one in trials.grafted])
+        if problem is not None:
+            raise Unusable(problem)
+        with np.load(self.folder.path / engines.OUTPUTS) as stored:
+            outputs = [
+                values.astype(np.float32)
+                for part in parts
+                for index in range(len(trials.folder.check_inputs(part)))
+                for values in values_of(stored, part.name, [tensor.name for tensor in part.outputs], index)
+                if values.dtype.kind == "f"
+            ]
+        results = self.folder.path / engines.RESULTS
+        return trials.verdict(outputs, pickle.loads(results.read_bytes()) if trials.items else [])
+
+    def run(self, workers: engines.Workers, parts: Sequence[Part], models: Sequence[onnx.ModelProto]) -> Optional[str]:
+        """Has the parts' engines built and run; returns what hinders that, or None."""
+        for part, model in zip(parts, models):
+            self.folder.onnx(part.name, "fp16").write_bytes(model.SerializeToString())
+            self.folder.write_check_inputs(part, self.trials.folder.check_inputs(part))
+        manifest = self.trials.folder.manifest()
+        self.folder.write_manifest(
+            {
+                "parts": [part.to_json() for part in parts],
+                "settings": manifest["settings"],
+                # caches are copied instead of updated in place: inputs stay as they were given
+                "patched": {"fp16": {part.name: {"in_place": {}} for part in parts}},
+            }
+        )
+        answer = workers.ask("fp16")
+        self.built_with = answer.get("built_with", self.built_with)
+        return answer.get("failed")
+
+
+def values_of(stored: Mapping[str, np.ndarray], part: str, names: Sequence[str], index: int) -> List[np.ndarray]:
+    """Tensors of a part's run on the input set of that index."""
+    return [stored[f"{part}/{index}/{name}"] for name in names]
+
+
 def described(bars: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(
         f"{bar['metric']} {number(bar['value'])} ({'met' if bar['met'] else 'missed'}:"
@@ -762,18 +791,34 @@ def described(bars: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def find_drift(folder: BuildFolder, samples: Sequence[AnySample]) -> int:
+def print_jumps(where: str, measured: Sequence[drift.TensorError]) -> None:
+    jumps = [one for one in measured if one.jumps]
+    print(f"{where}: the error jumps at {len(jumps)} of {len(measured)} tensors{', first at' if jumps else ''}")
+    for one in jumps[:LISTED]:
+        print(f"  {one.part}: {one.node.op} {one.node.name}: {number(one.before)} → {number(one.error)}", flush=True)
+
+
+def find_drift(folder: BuildFolder, samples: Sequence[AnySample], trt: str) -> int:
     """Prints where FP16 loses precision and which nodes should stay in FP32; leaves drift.md and keep-fp32.txt."""
+    obstacle = tensorrt_absent(trt)
     with tempfile.TemporaryDirectory(dir=folder.path) as name:
         trials = Fp16Trials(folder, samples, Path(name))
+        in_tensorrt = Fp16Engines(trials, Path(name) / "engines", trt)
         measured = trials.errors(())
         table, target = folder.path / "drift.md", folder.path / "keep-fp32.txt"
-        with replacing(table) as temporary:
-            temporary.write_text(drift.markdown(measured, folder.spec.title), encoding="utf-8")
-        jumps = [one for one in measured if one.jumps]
-        print(f"{table}: the error jumps at {len(jumps)} of {len(measured)} tensors{', first at' if jumps else ''}")
-        for one in jumps[:LISTED]:
-            print(f"  {one.part}: {one.node.op} {one.node.name}: {number(one.before)} → {number(one.error)}")
+        write_text(table, drift.markdown(measured, folder.spec.title))
+        print_jumps(str(table), measured)
+        if obstacle is None:
+            print("building engines with all tensors as outputs", flush=True)
+            try:
+                theirs = in_tensorrt.errors()
+            except Unusable as problem:
+                obstacle = str(problem)
+        if obstacle is not None:
+            print(f"without TensorRT: {obstacle}")
+        elif in_tensorrt.built_with is not None:
+            write_text(table, drift.markdown(measured, folder.spec.title, theirs, in_tensorrt.built_with))
+            print_jumps(f"{in_tensorrt.built_with['tensorrt']}", theirs)
         print("searching for nodes to keep in FP32")
         found = drift.grow(trials.errors, trials.meets, trials.candidates)
         if found is None:
@@ -781,193 +826,33 @@ def find_drift(folder: BuildFolder, samples: Sequence[AnySample]) -> int:
             return 1
         keep, complete = drift.shrink(found, trials.meets, MOST_TRIALS)
         bars = {len(nodes): described(trials.judged(nodes)) for nodes in ([], keep)}
-    command = folder.command("surgeon.py", "--precision", "fp16", "--keep-fp32", str(target))
-    lines = [f"# Nodes that stay in FP32 when `{command}` makes the FP16 graphs."]
-    lines += [f"# With {count} nodes in FP32: {metrics}" for count, metrics in bars.items()]
-    if not complete:
-        lines.append(f"# The search ended after {MOST_TRIALS} trials: fewer nodes may do.")
-    with replacing(target) as temporary:
-        temporary.write_text("\n".join([*lines, *keep]) + "\n", encoding="utf-8")
-    print(f"{target}: {len(keep)} of {len(trials.candidates)} nodes must stay in FP32")
-    for node in keep:
-        print(f"  {node}")
+        command = folder.command("surgeon.py", "--precision", "fp16", "--keep-fp32", str(target))
+        lines = [f"# Nodes that stay in FP32 when `{command}` makes the FP16 graphs."]
+        lines += [f"# With {count} nodes in FP32: {metrics}" for count, metrics in bars.items()]
+        if not complete:
+            lines.append(f"# The search ended after {MOST_TRIALS} trials: fewer nodes may do.")
+        write_text(target, "\n".join([*lines, *keep]) + "\n")
+        print(f"{target}: {len(keep)} of {len(trials.candidates)} nodes must stay in FP32")
+        for node in keep:
+            print(f"  {node}", flush=True)
+        if obstacle is None:
+            print("building the engines of that", flush=True)
+            try:
+                verdict = described(in_tensorrt.judged(keep))
+            except Unusable as problem:
+                verdict = f"failed: {problem}"
+            print(f"TensorRT with {len(keep)} nodes in FP32: {verdict}")
     return 0
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Single plugins
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Series(Call):
-    """A call that runs RUNS times in a row."""
-
-    def enqueue(self, stream: Any) -> None:
-        for _ in range(RUNS):
-            super().enqueue(stream)
-
-
-class SingleNodes(TensorRTExecutor):
-    """Runs engines of static shapes, whose images may be channel-last (HWC8) in memory: all inputs and outputs stay on
-    the GPU."""
-
-    def prepared(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
-        call = super().prepared(part, given, kept=True)
-        return Series(call.context, call.arrays, call.staged)
-
-    def profile_sizes(self, part: str, profile: int, which: int) -> Dict[str, int]:
-        return {}
-
-    def output(self, key: Tuple[str, str, Tuple[int, ...]], dtype: np.dtype, taken: Collection[int]) -> DeviceArray:
-        part, name, shape = key
-        return replace(DeviceArray.empty(self.stored_shape(part, name, shape), dtype), shape=shape)
-
-    def channel_last(self, part: str, name: str) -> bool:
-        return self.engines[part].get_tensor_format(name) == self.tensorrt.module.TensorFormat.HWC8
-
-    def stored_shape(self, part: str, name: str, shape: Tuple[int, ...]) -> Tuple[int, ...]:
-        """HWC8 pads pixels to a multiple of 8 channels."""
-        if not self.channel_last(part, name):
-            return shape
-        batch, channels, height, width = shape
-        return batch, height, width, -(-channels // 8) * 8
-
-    def upload_array(self, part: str, name: str, values: np.ndarray) -> DeviceArray:
-        dtype = self.dtypes[part, name]
-        stored = np.zeros(self.stored_shape(part, name, values.shape), dtype)
-        if self.channel_last(part, name):
-            stored[..., : values.shape[1]] = values.transpose(0, 2, 3, 1)
-        else:
-            stored[...] = values
-        array = DeviceArray.empty(stored.shape, dtype)
-        self.cuda.memcpy_htod(array.address, stored)
-        return replace(array, shape=values.shape)
-
-    def download(self, part: str, name: str, array: DeviceArray) -> np.ndarray:
-        """An output in FP32; of a large image only every n-th row."""
-        stored = replace(array, shape=self.stored_shape(part, name, array.shape)).to_host()
-        rows = slice(None, None, 1 + stored.size // COMPARED)
-        if self.channel_last(part, name):
-            stored = stored[:, rows, :, : array.shape[1]].transpose(0, 3, 1, 2)
-        elif stored.ndim == 4:
-            stored = stored[:, :, rows]
-        return stored.astype(np.float32)
-
-
-def built_alone(tensorrt: TensorRT, source: Path, precision: str, timings: Path) -> bytes:
-    """The engine of a graph with static shapes, as `build_engine.build` makes it, but for images in FP16: they may be
-    channel-last at its ends, where TensorRT is quicker so, as they are between the layers of a network."""
-    trt = tensorrt.module
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(tensorrt.network_flags)
-    onnx_parser = trt.OnnxParser(network, logger)
-    if not onnx_parser.parse(graph_for_parser(source, not tensorrt.builds_without_gpu)):
-        errors = [describe(onnx_parser.get_error(index)) for index in range(onnx_parser.num_errors)]
-        raise Unusable(f"{tensorrt} cannot parse {source.name}: {'; '.join(errors)}")
-    tensors = [network.get_input(index) for index in range(network.num_inputs)]
-    tensors += [network.get_output(index) for index in range(network.num_outputs)]
-    for tensor in tensors:
-        if len(tensor.shape) == 4 and tensor.dtype == trt.float16:
-            tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR) | 1 << int(trt.TensorFormat.HWC8)
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    if precision == "fp16" and not tensorrt.strongly_typed:
-        config.set_flag(trt.BuilderFlag.FP16)
-    if not tensorrt.builds_without_gpu:
-        for_this_gpu(trt, config)
-        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.is_file() else b""), False)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise Unusable(f"{tensorrt} failed to build {source.name}")
-    if not tensorrt.builds_without_gpu:
-        timings.write_bytes(config.get_timing_cache().serialize())
-    return bytes(engine)
-
-
-def measure_nodes(folder: BuildFolder) -> None:
-    """A worker: for each precision that a line of stdin names, builds and times the engines that the folder then has
-    graphs of, and answers with a line."""
-    tensorrt = find_tensorrt()
-    if tensorrt.builds_without_gpu:
-        raise Unusable(f"{tensorrt} runs no plugins")
-    plugins.load_library()
-    print(READY, flush=True)
-    for line in sys.stdin:
-        print(ROW, json.dumps(measure_node(folder, line.strip(), tensorrt)), flush=True)
-
-
-def measure_node(folder: BuildFolder, precision: str, tensorrt: TensorRT) -> Dict[str, Any]:
-    """The latencies in µs of the parts `layers` and `plugin`, and the largest difference of their outputs as a share of
-    the largest value."""
-    manifest = folder.manifest()
-    for part in folder.parts():
-        engine = built_alone(tensorrt, folder.onnx(part.name, precision), precision, folder.path / "timings")
-        folder.engine(part.name, precision).write_bytes(engine)
-    manifest["engines"] = {precision: {part.name: identity(tensorrt) for part in folder.parts()}}
-    folder.write_manifest(manifest)
-    executor = SingleNodes(folder, precision)
-    row: Dict[str, Any] = {"built_with": identity(tensorrt)}
-    results: Dict[str, List[np.ndarray]] = {}
-    for part in folder.parts():
-        ((_, values),) = random_inputs(part, {})
-        inputs = {name: executor.upload_array(part.name, name, array) for name, array in values.items()}
-        outputs = executor.run(part.name, inputs)
-        results[part.name] = [executor.download(part.name, name, array) for name, array in outputs.items()]
-        milliseconds = executor.latencies(part.name, inputs, 4 * REPEATS)
-        row[f"{part.name}_us"] = latency([1e3 * ms for ms in milliseconds], RUNS)
-    for call in executor.calls.values():
-        call.release()
-    errors = [np.abs(plugin - layers).max() for layers, plugin in zip(results["layers"], results["plugin"])]
-    largest = np.max([np.abs(layers).max() for layers in results["layers"]])
-    return {**row, "difference": float(np.max(errors) / max(largest, np.finfo(np.float32).tiny))}  # keeps NaN
-
-
-class NodeWorkers:
-    """Measures nodes in a process of its own; one that dies over a node makes way for another.
-
-    folder  where both sides expect the graphs
-    """
-
-    def __init__(self, folder: BuildFolder, python: str) -> None:
-        self.folder, self.python = folder, python
-        self.process: Optional[subprocess.Popen[str]] = None
-        self.errors = (folder.path / "errors").open("w+", errors="replace")
-
-    def __enter__(self) -> NodeWorkers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process is not None:
-            self.end()
-        self.errors.close()
-
-    def measure(self, precision: str) -> Dict[str, Any]:
-        """What a worker answers, or {"failed": why}."""
-        if self.process is None:
-            self.errors.seek(0)
-            self.errors.truncate()
-            self.process = started(self.folder, self.python, self.errors, "--node-worker")
-            if answer_of(self.process, READY) is None:
-                raise Unusable(f"--ablation cannot begin: {self.end()}")
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has no answer then
-            print(precision, file=self.process.stdin, flush=True)
-        answer = answer_of(self.process, ROW)
-        return {"failed": self.end()} if answer is None else json.loads(answer)
-
-    def end(self) -> str:
-        """Waits for the process, and returns its last words."""
-        assert self.process is not None
-        process, self.process = self.process, None
-        process.communicate()
-        return last_words(process, self.errors)
-
-
-def answer_of(process: subprocess.Popen[str], begin: str) -> Optional[str]:
-    """The rest of the next line that begins so, None where there is none; what libraries print passes unseen."""
-    assert process.stdout is not None
-    return next((line[len(begin) :] for line in process.stdout if line.startswith(begin)), None)
 
 
 def write_node(kind: ablation.Kind, folder: BuildFolder, precisions: Sequence[str]) -> None:
@@ -1027,7 +912,7 @@ def ablate(
     patched = [key for key in precisions if all(folder.onnx(part.name, key).is_file() for part in parts)]
     if not patched:
         folder.require(folder.onnx(parts[0].name, precisions[0]), "surgeon.py", "--precision", precisions[0])
-    obstacle = "no GPU" if gpu_name() is None else tensorrt_obstacle(trt)
+    obstacle = tensorrt_absent(trt)
     if obstacle is not None:
         raise Unusable(f"--ablation needs TensorRT on a GPU: {obstacle}")
     if plugins.library_path() is None:
@@ -1046,11 +931,11 @@ def ablate(
     with tempfile.TemporaryDirectory(dir=folder.path) as name:
         scratch = BuildFolder(Path(name), folder.spec.name)
         scratch.path.mkdir()
-        with NodeWorkers(scratch, trt) as workers:
+        with engines.Workers(scratch, trt, "time") as workers:
             for kind in tqdm(kinds, "nodes", unit="node", disable=None, leave=False):
                 write_node(kind, scratch, patched)
                 for precision in patched:
-                    rows.append({**kind.described(), "precision": precision, **workers.measure(precision)})
+                    rows.append({**kind.described(), "precision": precision, **workers.ask(precision)})
                     tqdm.write(" | ".join([precision, *ablation.cells(rows[-1])]))
                 report["rows"] = ablation.joined(rows, earlier)
                 path = ablation.write(folder, report)  # each time: what is measured stays when the rest is too much
@@ -1083,14 +968,14 @@ def main() -> int:
     )
     arguments.add_argument("--sizes", type=int, metavar="N", help="--ablation at the first N sizes of each part (all)")
     arguments.add_argument("--worker", nargs=2, metavar=("LABEL", "FOLDER"), help=argparse.SUPPRESS)
-    arguments.add_argument("--node-worker", action="store_true", help=argparse.SUPPRESS)
+    arguments.add_argument("--engine-worker", choices=engines.TASKS, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     folder = BuildFolder(options.build_dir, options.model)
     if options.worker:
         work(folder, options.worker[0], Path(options.worker[1]))
         return 0
-    if options.node_worker:
-        measure_nodes(folder)
+    if options.engine_worker:
+        engines.serve(folder, options.engine_worker)
         return 0
     spec, settings = folder.spec, folder.manifest()["settings"]
     if options.write_samples:
@@ -1101,7 +986,7 @@ def main() -> int:
         return ablate(folder, wanted, options.precision, options.sizes, options.trt_python)
     samples, data = samples_of(spec, settings, options.images, options.labels)
     if options.find_drift:
-        return find_drift(folder, samples)
+        return find_drift(folder, samples, options.trt_python)
     baseline = BuildFolder(options.baseline, options.model) if options.baseline else None
     on_gpu = gpu_name() is not None
     kinds = options.executors or runnable(on_gpu, options.trt_python)
@@ -1143,6 +1028,11 @@ def runnable(on_gpu: bool, trt_python: str) -> List[str]:
     if not on_gpu:
         return ["pytorch", "onnxruntime", "patched"]
     return [kind for kind in KINDS if kind != "tensorrt" or tensorrt_obstacle(trt_python) is None]
+
+
+def tensorrt_absent(python: str) -> Optional[str]:
+    """Why TensorRT is not at hand with that interpreter, or None if it is."""
+    return "no GPU" if gpu_name() is None else tensorrt_obstacle(python)
 
 
 def tensorrt_obstacle(python: str) -> Optional[str]:

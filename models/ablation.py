@@ -224,6 +224,24 @@ def listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sizes.items() if name not in ("sequences", "finished"))
 
 
+def random_inputs(part: Part, limits: Mapping[str, Tuple[int, int]]) -> Iterator[Tuple[str, Dict[str, np.ndarray]]]:
+    """Name and inputs of a part at each of the sizes that it is timed at, as far as they lie within `limits`."""
+    random = np.random.default_rng(0)
+    for sizes in part.time_at:
+        if any(not low <= sizes[name] <= high for name, (low, high) in limits.items()):
+            continue
+        values = random.random(1_000_003, dtype=np.float32)  # repeated: gigabytes of random numbers take their time
+        yield (
+            f"{part.name}, {listed(sizes)}",
+            {
+                tensor.name: np.full(tensor.sizes(sizes), sizes[tensor.name], tensor.dtype)
+                if tensor.name in sizes
+                else np.resize(values, tensor.sizes(sizes))
+                for tensor in part.inputs
+            },
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------------------------------------------------

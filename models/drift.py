@@ -9,19 +9,25 @@ So the search sees all that happens to stored values: rounding, overflow, number
 operators make of them.  It does not see what happens within an operator, such as sums in FP16 (our kernels and tensor
 cores sum in FP32); and it also rounds tensors that TensorRT never stores because it fuses the operators around them.
 
-Of an executor the search knows two functions: the errors of tensors, and whether the bars are met.  On a GPU both could
-come from TensorRT engines whose tensors are marked as outputs; that is not done here, because nobody has tried it.
+Of an executor the search knows two functions: the errors of tensors, and whether the bars are met.  An engine
+takes minutes to build, so TensorRT, where a GPU is, does not search: it is asked once for the errors of the FP16 graph,
+beside the trial's, and at last whether it meets the bars with the nodes that were found.
+
+Tensors that are an engine's outputs show what TensorRT stores, with its own kernels, but it fuses no nodes across them.
+One engine gives all tensors of a part: a jump compares what a node makes with what it takes, which must be of one run,
+and several engines would each choose other kernels, and take as many times longer to build.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Set, Tuple
 
 import numpy as np
 
 from models.report import code, number, table
+from models.spec import Dim, Part, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -114,6 +120,43 @@ def exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnxruntime.Infere
     return onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def marked(part: Part, model: onnx.ModelProto, names: Collection[str]) -> Tuple[Part, onnx.ModelProto]:
+    """A part and its graph with the tensors `names` as outputs, too, and all outputs for the host."""
+    import onnx
+
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    known = {value.name for value in graph.output}
+    wanted = set(names) - known
+    added = [value for value in graph.value_info if value.name in wanted]
+    rest = [value for value in graph.value_info if value.name not in wanted]
+    graph.output.extend(added)
+    del graph.value_info[:]
+    graph.value_info.extend(rest)
+    half = onnx.TensorProto.FLOAT16
+    outputs = [replace(tensor, internal=False) for tensor in part.outputs]
+    outputs += [
+        TensorSpec(value.name, "float16" if value.type.tensor_type.elem_type == half else "float32", ())
+        for value in added
+    ]
+    return replace(part, outputs=tuple(outputs)), made
+
+
+def sized(part: Part, input_sets: Sequence[Mapping[str, np.ndarray]], only: bool) -> Part:
+    """The part with dims that reach to the sizes of the input sets, which need not be any that users may give; or with
+    `only` these, tuned for the largest."""
+    seen = [part.sizes_of({name: values.shape for name, values in inputs.items()}) for inputs in input_sets]
+
+    def dim(known: Dim) -> Dim:
+        sizes = [sizes[known.name] for sizes in seen]
+        if only:
+            return replace(known, minimum=min(sizes), optima=(max(sizes),), maximum=max(sizes))
+        return replace(known, minimum=min(known.minimum, *sizes), maximum=max(known.maximum, *sizes))
+
+    return replace(part, dims=tuple(map(dim, part.dims)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,29 +213,48 @@ def relative_error(exact: np.ndarray, values: np.ndarray) -> float:
     return float(error / scale) if np.isfinite(error) and scale > 0 else float("inf")
 
 
-def tensor_errors(
-    part: str, exact: onnx.ModelProto, half: onnx.ModelProto, input_sets: Sequence[Mapping[str, np.ndarray]]
-) -> List[TensorError]:
-    """The errors of all floating-point tensors that nodes of a graph make, in topological order.
+Run = Callable[[Sequence[str], int], Sequence[np.ndarray]]  # tensors, index of an input set → their values
 
-    exact, half  the graph in FP32, and in FP16 with some nodes in FP32
-    """
+
+def nodes_of(exact: onnx.GraphProto) -> List[Node]:
+    """The nodes of a graph in FP32, in topological order."""
     import onnx
 
-    types, half_types = element_types(exact.graph), element_types(half.graph)
-    constants = {tensor.name for tensor in exact.graph.initializer}
+    types = element_types(exact)
+    constants = {tensor.name for tensor in exact.initializer}
 
     def floats(names: Sequence[str]) -> List[str]:
         return [name for name in names if types.get(name) == onnx.TensorProto.FLOAT and name not in constants]
 
-    nodes = [Node(node.name, node.op_type, floats(node.input), floats(node.output)) for node in exact.graph.node]
+    return [Node(node.name, node.op_type, floats(node.input), floats(node.output)) for node in exact.node]
+
+
+def tensor_errors(
+    part: str,
+    exact: onnx.ModelProto,
+    half: onnx.ModelProto,
+    input_sets: Sequence[Mapping[str, np.ndarray]],
+    run: Optional[Run] = None,
+) -> List[TensorError]:
+    """The errors of all floating-point tensors that nodes of a graph make, in topological order.
+
+    exact, half  the graph in FP32, and in FP16 with some nodes in FP32
+    run          computes the latter; a trial unless it is given
+    """
+    import onnx
+
+    half_types = element_types(half.graph)
+    nodes = nodes_of(exact.graph)
     names = [name for node in nodes for name in node.outputs]
-    exact_session, half_session = exposing(exact, names), exposing(rounded(half), names)
+    exact_session = exposing(exact, names)
+    if run is None:
+        trial = exposing(rounded(half), names)
+        run = lambda names, index: trial.run(names, input_sets[index])  # noqa: E731
     storing, errors = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for start in range(0, len(names), GROUP):
         group = names[start : start + GROUP]
-        for inputs in input_sets:
-            runs = exact_session.run(group, inputs), half_session.run(group, inputs)
+        for index, inputs in enumerate(input_sets):
+            runs = exact_session.run(group, inputs), run(group, index)
             for name, expected, values in zip(group, *runs):
                 errors[name] = max(errors[name], relative_error(expected, values))
                 if half_types[name] == onnx.TensorProto.FLOAT16:
@@ -271,8 +333,18 @@ def shrink(keep: List[str], meets: Meets, trials: int) -> Tuple[List[str], bool]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def markdown(measured: Sequence[TensorError], title: str) -> str:
-    """All tensors' errors as a table, with the jumps marked."""
+def markdown(
+    measured: Sequence[TensorError],
+    title: str,
+    in_tensorrt: Sequence[TensorError] = (),
+    built_with: Optional[Mapping[str, Optional[str]]] = None,
+) -> str:
+    """All tensors' errors as a table, with the jumps marked; and TensorRT's where engines were `built_with` it."""
+
+    def mark(one: TensorError) -> str:
+        return f"**× {number(one.blame)}**" if one.jumps else ""
+
+    theirs = {(one.part, one.tensor): f"{number(one.error)} {mark(one)}".strip() for one in in_tensorrt}
     rows = [
         [
             one.part,
@@ -280,7 +352,8 @@ def markdown(measured: Sequence[TensorError], title: str) -> str:
             one.node.op,
             code(one.tensor),
             *(number(value) for value in (one.storing, one.before, one.error)),
-            f"**× {number(one.blame)}**" if one.jumps else "",
+            mark(one),
+            *([theirs.get((one.part, one.tensor), "")] if built_with else []),
         ]
         for one in measured
     ]
@@ -289,8 +362,17 @@ def markdown(measured: Sequence[TensorError], title: str) -> str:
         "",
         "Root mean squares, relative to the exact tensor's: the error of rounding the exact tensor to FP16, the",
         f"largest among the node's inputs, and the tensor's own.  Marked: own errors of more than {JUMP} times the",
-        "inputs', and roundings that lose that much more than they must.",
+        "inputs', and roundings that lose that much more than they must.  inf: a value is no number.",
         "",
-        *table(["part", "node", "operator", "tensor", "rounding", "inputs", "output", ""], rows),
     ]
-    return "\n".join(lines)
+    header = ["part", "node", "operator", "tensor", "rounding", "inputs", "output", ""]
+    if built_with:
+        header.append(f"{built_with['tensorrt']}")
+        lines += [
+            f"Last column: the error in {built_with['tensorrt']} on {built_with['gpu']},"
+            f" {'with' if built_with['plugins'] else 'without'} the plugin library,",
+            "in engines that have all these tensors as outputs.  That hinders fusions, and stores the tensors in the",
+            "types that the graph gives them: the engines that are used may err more or less.",
+            "",
+        ]
+    return "\n".join([*lines, *table(header, rows)])

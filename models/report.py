@@ -211,6 +211,12 @@ def number(value: Optional[float]) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def latency(values: Sequence[float], items: int = 1) -> Dict[str, float]:
+    """Median, 20th and 80th percentile in ms, per item."""
+    low, middle, high = np.percentile(values, [20, 50, 80]) / items
+    return {"median": float(middle), "p20": float(low), "p80": float(high)}
+
+
 def spread(values: Mapping[str, float]) -> str:
     if values["p20"] == values["p80"]:  # measured once
         return number(values["median"])

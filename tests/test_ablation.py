@@ -18,7 +18,7 @@ import pytest
 import compare
 import plugins
 from build_engine import find_tensorrt, gpu_name
-from models import ablation, drift
+from models import ablation, drift, engines
 from models.chain import BuildFolder
 from tests.conftest import MODELS, run_step
 
@@ -105,7 +105,7 @@ def test_nodes_compute_what_the_layers_do(small, tmp_path, model):
             for part in folder.parts():
                 path = folder.onnx(part.name, precision)
                 graph = onnx.load(path).graph
-                ((_, inputs),) = compare.random_inputs(part, {})
+                ((_, inputs),) = ablation.random_inputs(part, {})
                 for value in (*graph.input, *graph.output):
                     shape = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
                     assert all(shape), value.name
@@ -163,7 +163,7 @@ def test_tensorrt_builds_the_layers(small, tmp_path, model):
     for kind in one_of_each(BuildFolder(small, model)):
         compare.write_node(kind, folder, ["fp32", "fp16"])
         for precision in ("fp32", "fp16"):
-            assert compare.built_alone(tensorrt, folder.onnx("layers", precision), precision, tmp_path / "timings")
+            assert engines.built_alone(tensorrt, folder.onnx("layers", precision), precision, tmp_path / "timings")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_tensorrt_builds_the_layers(small, tmp_path, model):
 WORKER = f"""#!{sys.executable}
 import json, sys
 from pathlib import Path
-assert sys.argv[-1] == "--node-worker", sys.argv
+assert sys.argv[-2:] == ["--engine-worker", "time"], sys.argv
 folder = Path(sys.argv[sys.argv.index("--build-dir") + 1]) / sys.argv[2]
 print("a library says hello")
 print("ready", flush=True)
@@ -247,7 +247,7 @@ def test_rows_of_earlier_runs_stay_while_they_hold(small, monkeypatch):
 
 def test_a_worker_that_cannot_begin(small, monkeypatch):
     folder = BuildFolder(small, "trocr")
-    with pytest.raises(compare.Unusable, match="--ablation cannot begin: no pycuda"):
+    with pytest.raises(compare.Unusable, match="TensorRT cannot begin: no pycuda"):
         ablated(folder, f"#!{sys.executable}\nimport sys\nsys.exit('no pycuda')", monkeypatch)
     with pytest.raises(compare.Unusable, match="trocr has nothing for pixel_shuffle to replace"):
         ablated(folder, WORKER, monkeypatch, wanted=["pixel_shuffle"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,28 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
+import compare
+from build_engine import build, find_tensorrt, gpu_name
 from models.chain import BuildFolder
-from models.drift import Node, TensorError, grow, half_nodes, relative_error, rounded, shrink, suspects, tensor_errors
-from models.spec import Part, TensorSpec
-from surgeon import finish, to_fp16
-from tests.conftest import run_step
+from models.drift import (
+    Node,
+    TensorError,
+    element_types,
+    grow,
+    half_nodes,
+    markdown,
+    marked,
+    nodes_of,
+    relative_error,
+    rounded,
+    shrink,
+    sized,
+    suspects,
+    tensor_errors,
+)
+from models.spec import Dim, Part, TensorSpec
+from surgeon import finish, grafted, in_precision, to_fp16
+from tests.conftest import MODELS, ROOT, run_step
 
 F32 = np.dtype(np.float32)
 X = np.random.default_rng(0).uniform(1, 2, (1, 8)).astype(np.float32)
@@ -252,6 +272,183 @@ def test_model_that_fp16_does_not_harm(copied):
     done = run_step("surgeon.py", "trocr", "--precision", "fp16", "--keep-fp32", file, "--build-dir", copied)
     assert done.returncode == 0, done.stderr
     assert (copied / "trocr" / "step.fp16.onnx").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorRT's errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def all_marked(folder: BuildFolder, part: Part) -> tuple[list[str], Part, onnx.ModelProto]:
+    """The tensors that an engine is to show, and the part and FP16 graph that it is built from."""
+    done = grafted(folder, part, folder.manifest()["patched"]["fp16"][part.name]["without"])
+    exact, half = (finish(done.typed(precision, ()), done.counts) for precision in ("fp32", "fp16"))
+    names = [name for node in nodes_of(exact.graph) for name in node.outputs]
+    return names, *marked(part, half, names)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_marked_tensors_are_outputs(built, model):
+    folder = BuildFolder(built, model)
+    for part in folder.parts():
+        names, shown, graph = all_marked(folder, part)
+        plain = onnx.load(folder.onnx(part.name, "fp16"))
+        outputs = [value.name for value in graph.graph.output]
+        assert outputs == [tensor.name for tensor in shown.outputs]
+        assert outputs[: len(part.outputs)] == [tensor.name for tensor in part.outputs]
+        assert len(set(outputs)) == len(outputs)
+        assert set(outputs) == {*names, *(tensor.name for tensor in part.outputs)}
+        types = element_types(plain.graph)
+        for value, tensor in zip(graph.graph.output, shown.outputs):
+            half = types[value.name] == onnx.TensorProto.FLOAT16
+            assert value.type.tensor_type.elem_type == types[value.name]
+            assert tensor.internal is False
+            assert len(part.outputs) > outputs.index(tensor.name) or tensor.dtype == ("float16" if half else "float32")
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        inputs = in_precision(part, folder.check_inputs(part)[0], "fp16")
+        assert [value.dtype == np.float16 for value in session.run(names, inputs)] == [
+            types[name] == onnx.TensorProto.FLOAT16 for name in names
+        ]
+
+
+def test_sizes_reach_to_the_input_sets():
+    tensor = TensorSpec("x", "float32", ("batch", 3, "height"))
+    part = Part("part", (tensor,), (tensor,), (Dim("batch", 1, (1, 8), 8), Dim("height", 64, (256,), 720)))
+    sets = [{"x": np.zeros(shape, np.float32)} for shape in ((3, 3, 24), (2, 3, 80))]
+    assert sized(part, sets, only=True).dims == (Dim("batch", 2, (3,), 3), Dim("height", 24, (80,), 80))
+    assert sized(part, sets, only=False).dims == (Dim("batch", 1, (1, 8), 8), Dim("height", 24, (256,), 720))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tensorrt_takes_all_tensors_as_outputs(built, tmp_path, model):
+    pytest.importorskip("tensorrt_rtx")
+    tensorrt = find_tensorrt()
+    if not tensorrt.builds_without_gpu:
+        pytest.skip("TensorRT-RTX only where it needs no GPU")
+    folder, source = BuildFolder(built, model), tmp_path / "marked.onnx"
+    for part in folder.parts():
+        _, shown, graph = all_marked(folder, part)
+        onnx.save(graph, source)
+        shown = sized(shown, folder.check_inputs(part), only=True)
+        assert build(tensorrt, shown, source, "fp16", ["8.9"], tmp_path / "timings")
+
+
+def test_errors_of_another_executor():
+    """It overflows where the trial does not, and the other way round."""
+    half = OVERFLOW.model("fp16")
+    names = [name for node in nodes_of(OVERFLOW.exact.graph) for name in node.outputs]
+    values = {name: run(OVERFLOW.model("fp32"), x=X) for name in names[-1:]}
+    values.update((name, np.full((1, 8), np.inf if name == names[2] else 1.0, np.float16)) for name in names[:-1])
+    theirs = tensor_errors("chain", OVERFLOW.exact, half, [{"x": X}], lambda group, index: [values[n] for n in group])
+    assert np.isfinite([one.error for one in theirs]).tolist() == [True, True, False, True]
+    assert theirs[-1].error == 0
+    assert theirs[3].before == np.inf
+    built_with = {"tensorrt": "TensorRT 0", "gpu": "a GPU", "plugins": None}
+    lines = markdown(OVERFLOW.errors(), "Chain", theirs[1:], built_with).splitlines()
+    assert sum("TensorRT 0 on a GPU, without the plugin library" in line for line in lines) == 1
+    cells = [line.split(" | ")[-1] for line in lines if "<code>Mul-" in line]
+    assert cells[0] == " |"  # not among theirs
+    assert cells[2].startswith("inf **× ")
+    assert cells[3] == "0 |"
+    assert "TensorRT" not in markdown(OVERFLOW.errors(), "Chain")
+
+
+WORKER = f"""#!{sys.executable}
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from infer_trt import OnnxRuntimeExecutor
+from models import engines
+from models.chain import BuildFolder
+def build_all(folder, *_):
+    if [part.name for part in folder.parts()] == ["prefill"]:
+        print("[11/22/2026-12:00:00] [TRT] [E] 10: no kernel", flush=True)
+        print("[11/22/2026-12:00:00] [TRT] [E] 2: no kernel either", flush=True)
+        sys.exit("out of luck")
+    return dict(tensorrt="TensorRT 0", gpu="a GPU", plugins="1f")
+engines.build_all = build_all
+engines.TensorRTExecutor = type("Executor", (OnnxRuntimeExecutor,), dict(calls=dict()))
+engines.find_tensorrt = lambda: SimpleNamespace(builds_without_gpu=False)
+engines.plugins.load_library = lambda: None
+assert sys.argv[-2:] == ["--engine-worker", "run"], sys.argv
+engines.serve(BuildFolder(Path(sys.argv[sys.argv.index("--build-dir") + 1]), sys.argv[2]), sys.argv[-1])
+"""
+
+
+@pytest.fixture
+def searched(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], int]:
+    """`compare.py MODEL --find-drift` where a script is what a TensorRT interpreter would be."""
+
+    def search(model: str, worker: str) -> int:
+        folder = BuildFolder(copied, model)
+        python = copied / "python"
+        python.write_text(worker)
+        python.chmod(0o755)
+        monkeypatch.setattr(compare, "gpu_name", lambda: "a GPU")
+        monkeypatch.setattr(compare, "tensorrt_obstacle", lambda python: None)
+        return compare.find_drift(folder, folder.spec.samples(folder.manifest()["settings"]), str(python))
+
+    return search
+
+
+def test_tensorrts_errors_stand_beside_the_trials(copied, searched, capsys):
+    guilty = overflow_in_trocr(copied)
+    assert searched("trocr", WORKER) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (failed,) = (line for line in lines if "out of luck" in line)
+    assert failed == "TensorRT does not run prefill with all tensors as outputs: out of luck; 10: no kernel"
+    begin = next(index for index, line in enumerate(lines) if line.startswith("TensorRT 0: the error jumps at "))
+    jumps = lines[begin + 1 : lines.index("searching for nodes to keep in FP32")]
+    assert guilty in next(line for line in jumps if line.endswith("→ inf"))
+    assert lines[-1].startswith("TensorRT with ")
+    assert "(met: ≤ 0.1)" in lines[-1]
+
+    rows = [line.split(" | ") for line in (copied / "trocr" / "drift.md").read_text().splitlines()]
+    (header,) = (row for row in rows if row[0] == "| part")
+    assert header[-1] == "TensorRT 0 |"
+    (row,) = (row for row in rows if len(row) == len(header) and guilty in row[1])
+    assert row[-1] == "inf **× inf** |"
+    assert all((row[-1] == " |") == (row[0] == "| prefill") for row in rows if row[0].startswith(("| pre", "| enc")))
+    assert not [path for path in (copied / "trocr").iterdir() if path.is_dir()]
+
+
+def test_samples_judge_the_engines_too(searched, capsys):
+    assert searched("restormer", WORKER) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("TensorRT with 0 nodes in FP32: PSNR dB against reference ")
+    assert last.endswith("(met: ≥ 55)")
+
+
+def test_search_goes_on_without_tensorrt(copied, searched, capsys):
+    assert searched("trocr", f"#!{sys.executable}\nimport sys\nsys.exit('no pycuda')") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "without TensorRT: TensorRT cannot begin: no pycuda" in lines
+    assert not any(line.startswith("TensorRT with") for line in lines)
+    assert "Last column" not in (copied / "trocr" / "drift.md").read_text()
+    assert (copied / "trocr" / "keep-fp32.txt").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(gpu_name() is None, reason="no GPU")
+def test_tensorrt_names_the_guilty_tensor(copied):
+    guilty, folder = overflow_in_restormer(copied), BuildFolder(copied, "restormer")
+    done = run_step("surgeon.py", "restormer", "--precision", "fp16", "--build-dir", copied)
+    assert done.returncode == 0, done.stderr
+    python = os.environ.get("TRT_PYTHON", sys.executable)
+    done = run_step("compare.py", "restormer", "--find-drift", "--build-dir", copied, "--trt-python", python)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    begin = next(index for index, line in enumerate(lines) if line.startswith("TensorRT") and "jumps at" in line)
+    jumps = lines[begin + 1 : lines.index("searching for nodes to keep in FP32")]
+    assert guilty in next(line for line in jumps if line.endswith("→ inf"))
+    rows = [line.split(" | ") for line in (folder.path / "drift.md").read_text().splitlines()]
+    rows = [row for row in rows if row[0] == "| network"]
+    assert all(row[-1] != " |" for row in rows)  # each tensor has an error
+    assert guilty in next(row[1] for row in rows if row[-1] == "inf **× inf** |")
+    assert lines[-1].startswith("TensorRT with ")
+    assert "failed" not in lines[-1], done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

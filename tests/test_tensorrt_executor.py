@@ -23,6 +23,7 @@ import infer_trt
 import plugins
 from build_engine import TensorRT, capped, profile_shapes
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
+from models import drift, engines
 from models.chain import BuildFolder
 from models.spec import Part, TensorSpec
 from models.trocr.decoding import Generation
@@ -363,11 +364,11 @@ def test_latencies_are_as_many_as_asked_for(executor):
 
 @pytest.fixture
 def measure_node(stand_in: TensorRT, monkeypatch: pytest.MonkeyPatch) -> Callable[[BuildFolder], dict[str, Any]]:
-    """`compare.measure_node` in FP16, with graphs for engines."""
-    for module in (compare, infer_trt):
+    """`engines.measure_node` in FP16, with graphs for engines."""
+    for module in (engines, infer_trt):
         monkeypatch.setattr(module, "identity", lambda tensorrt: HERE)
-    monkeypatch.setattr(compare, "built_alone", lambda tensorrt, source, precision, timings: source.read_bytes())
-    return lambda folder: compare.measure_node(folder, "fp16", stand_in)
+    monkeypatch.setattr(engines, "built_alone", lambda tensorrt, source, precision, timings: source.read_bytes())
+    return lambda folder: engines.measure_node(folder, "fp16", stand_in)
 
 
 @pytest.mark.parametrize("channel_last", [False, True])
@@ -393,7 +394,7 @@ def test_images_lie_as_the_engine_wants_them(measure_node, monkeypatch, tmp_path
         onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder.onnx(part.name, "fp16"))
     row = measure_node(folder)
     assert row["difference"] == pytest.approx(0.25, rel=1e-3)
-    assert row["layers_us"] == row["plugin_us"] == dict.fromkeys(("median", "p20", "p80"), 1e3 / compare.RUNS)
+    assert row["layers_us"] == row["plugin_us"] == dict.fromkeys(("median", "p20", "p80"), 1e3 / engines.RUNS)
 
 
 def test_single_nodes_agree_with_the_layers_that_they_replace(built, measure_node, tmp_path):
@@ -404,3 +405,42 @@ def test_single_nodes_agree_with_the_layers_that_they_replace(built, measure_nod
         compare.write_node(kind, folder, ["fp16"])
         assert measure_node(folder)["difference"] < 2e-3
     assert {kind.part.name for kind in kinds} == {"encoder", "step"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines whose outputs are all tensors: compare.py --find-drift
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugin_library", [None, "stand-in"])
+def test_all_tensors_come_back(built, stand_in, monkeypatch, tmp_path, plugin_library):
+    """Also where a kernel could work in place: what it is given stays as it was."""
+    for module in (engines, infer_trt):
+        monkeypatch.setattr(module, "identity", lambda tensorrt: {**HERE, "plugins": plugin_library})
+    monkeypatch.setattr(engines, "build", lambda tensorrt, part, source, *_: source.read_bytes())
+    monkeypatch.setattr(Engine, "num_optimization_profiles", 1)
+    monkeypatch.setattr(TensorRTExecutor, "KEPT_CALLS", 1)
+    source, folder = BuildFolder(built, "trocr"), BuildFolder(tmp_path, "trocr")
+    folder.path.mkdir()
+    for part in source.parts():
+        graph, sets = onnx.load(source.onnx(part.name, "fp16")), source.check_inputs(part)
+        names = [name for node in graph.graph.node for name in node.output if "float16" not in name]
+        types = drift.element_types(graph.graph)
+        names = [name for name in names if types.get(name) in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)]
+        marked, graph = drift.marked(part, graph, names)
+        marked = drift.sized(marked, sets, only=True)
+        assert len(marked.profiles()) == 1
+        monkeypatch.setattr(Engine, "part", marked, raising=False)
+        onnx.save(graph, folder.onnx(part.name, "fp16"))
+        folder.write_check_inputs(part, sets)
+        patched = {"fp16": {part.name: {"in_place": {}}}}
+        folder.write_manifest({"parts": [marked.to_json()], "settings": {}, "patched": patched})
+        assert engines.run_all(folder, "fp16", stand_in)["built_with"]["tensorrt"] == "stand-in"
+        reference = OnnxRuntimeExecutor(folder, "fp16")
+        with np.load(folder.path / engines.OUTPUTS) as outputs:
+            for index, inputs in enumerate(sets):
+                for name, expected in reference.run(part.name, inputs).items():
+                    values = outputs[f"{part.name}/{index}/{name}"]
+                    assert values.dtype == expected.dtype
+                    np.testing.assert_array_equal(values, expected)
+            assert len(outputs.files) == len(sets) * len(marked.outputs) >= len(sets) * len(names)

@@ -112,6 +112,7 @@ def check(tensors, activation):
     ("rows", "inputs", "outputs"),
     [(1, 1, 1), (2, 7, 5), (3, 8, 9), (1, 40, 16), (5, 64, 100), (8, 72, 130), (9, 100, 77), (16, 256, 31)]
     + [(17, 257, 40), (33, 384, 64), (7, 512, 1100), (64, 520, 48), (65, 768, 33), (2, 1000, 2120), (31, 1024, 65)]
+    + [(8, 256, 1060), (9, 256, 1100), (16, 512, 2200), (8, 512, 2120), (17, 1024, 3001), (40, 1024, 70), (8, 1024, 33)]
     + [(6, 1032, 24), (12, 2048, 1090), (1, 2056, 8), (20, 4096, 16), (3, 4104, 20), (0, 64, 64)],
 )
 def test_kernel_is_the_reference(rows, inputs, outputs, activation, dtype):
@@ -132,23 +133,42 @@ def test_kernel_is_the_reference_at_trocrs_sizes(rows, inputs, outputs, activati
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("inputs", [3, 64, 1000, 1024])
-def test_kernel_on_constant_and_on_large_values(inputs, dtype):
-    x, *parameters = random_on_gpu(5, inputs, 40, dtype)
-    for case in (0 * x, 0 * x + 7, 0 * x + 30000, 60000 * (torch.rand_like(x) - 0.5)):
-        check([case, *parameters], ACTIVATIONS["gelu"])
+@pytest.mark.parametrize("rows", [5, 11])
+@pytest.mark.parametrize("inputs", [3, 64, 256, 1000, 1024])
+def test_kernel_on_constant_and_on_large_values(inputs, rows, dtype):
+    x, *parameters = random_on_gpu(rows, inputs, 40, dtype)
+    for case in (0 * x, 0 * x + 7, 0 * x + 30000):
+        # The mean of equal values must be exact, as PyTorch's is on the CPU: epsilon is small.
+        actual = launch(case, *parameters, ACTIVATIONS["gelu"])
+        assert torch.equal(actual[0], parameters[1].expand_as(x))
+        on_cpu = (values.cpu() for values in (case, *parameters))
+        for values, expected in zip(actual, layer_norm_linear(*on_cpu, EPSILON, ACTIVATIONS["gelu"])):
+            kernels.assert_close(values.cpu(), expected)
+    check([60000 * (torch.rand_like(x) - 0.5), *parameters], ACTIVATIONS["gelu"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("inputs", [256, 1024])
+def test_kernel_on_a_first_value_far_off(inputs, rows):
+    """Deviations are from that value."""
+    x, *parameters = random_on_gpu(rows, inputs, 40, torch.float16)
+    for value in (-3000, 60000):
+        x[:, 0] = value
+        check([x, *parameters], ACTIVATIONS["none"])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_mixes_no_rows(dtype):
+@pytest.mark.parametrize(("rows", "row", "column"), [(20, 11, 5), (8, 7, 1023), (40, 32, 0)])
+def test_kernel_mixes_no_rows(rows, row, column, dtype):
     """NaN in one row stays there."""
-    tensors = random_on_gpu(20, 1024, 50, dtype)
+    tensors = random_on_gpu(rows, 1024, 50, dtype)
     expected = launch(*tensors, ACTIVATIONS["none"])
-    tensors[0][11, 5] = torch.nan
+    tensors[0][row, column] = torch.nan
     for actual, reference in zip(launch_with_nan(tensors), expected):
-        assert actual[11].isnan().all()
-        others = torch.arange(20, device="cuda") != 11
+        assert actual[row].isnan().all()
+        others = torch.arange(rows, device="cuda") != row
         assert torch.equal(actual[others], reference[others])
 
 
@@ -162,11 +182,12 @@ def launch_with_nan(tensors):
 
 
 @pytest.mark.gpu
-def test_kernels_that_follow_each_other_wait():
+@pytest.mark.parametrize("rows", [4, 20])
+def test_kernels_that_follow_each_other_wait(rows):
     """Each takes what the one before it has just written, and writes where the one before that has read."""
     torch.manual_seed(0)
     width, layers = 1024, 48
-    x, gamma, beta, weight, bias = random_on_gpu(4, width, width, torch.float16)
+    x, gamma, beta, weight, bias = random_on_gpu(rows, width, width, torch.float16)
     weights = [weight.roll(shift, 0) for shift in range(layers)]
     expected = x.clone()
     for factors in weights:
@@ -175,7 +196,7 @@ def test_kernels_that_follow_each_other_wait():
     torch.cuda.synchronize()
     for index, factors in enumerate(weights):
         source, target = buffers[index % 2], buffers[1 - index % 2]
-        sizes = (4, width, width, EPSILON, ACTIVATIONS["none"])
+        sizes = (rows, width, width, EPSILON, ACTIVATIONS["none"])
         kernels.launch("layer_norm_linear", x.dtype, source, gamma, beta, factors, bias, h, target, *sizes)
     torch.cuda.synchronize()
     error = (buffers[layers % 2].double() - expected.double()).abs().max()

@@ -259,6 +259,14 @@ CASES = [
     ),
     Case("encoder_attention", dict.fromkeys("qkv", TOKENS), {}, {"y": TOKENS}, ROWS, dict(heads=6, scale=0.125)),
     Case(
+        "linear",
+        {"x": TOKENS},
+        {"weight": [640, 384], "bias": [640]},
+        {"y": ("batch", "length", 640)},
+        ROWS,
+        dict(activation=1),
+    ),
+    Case(
         "cached_self_attention",
         {**dict.fromkeys(("query", "key", "value"), TOKEN), **CACHES, "position": (1,)},
         {},

@@ -366,6 +366,8 @@ def plugins_in(model: Any) -> Counter:
             readers = [reader for reader in model.graph.node if node.output[0] in reader.input]
             projections = [reader.op_type for reader in readers].count("MatMul")
             found[{1: "layer_norm_linear", 3: "layer_norm_qkv"}[projections]] += 1
+        if node.op_type == "MatMul" and len(shape := shape_of(model, node.input[0])) == 3:
+            found["linear"] += shape[1] != 1 and node.input[1] in constant
         found["greedy_choice"] += node.op_type == "ArgMax"
         if node.op_type == "Softmax":
             kind = "cached_self_attention" if source is not None and source.op_type == "Where" else "cross_attention"

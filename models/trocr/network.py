@@ -230,10 +230,14 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
         (image,),
         (encoded,),
         (batch,),
-        {"residual_layer_norm": 2 * encoder_layers, "encoder_attention": encoder_layers},
+        {
+            "residual_layer_norm": 2 * encoder_layers,
+            "encoder_attention": encoder_layers,
+            "linear": 6 * encoder_layers + int(hasattr(model, "enc_to_dec_proj")),
+        },
         tuple({"batch": rows} for rows in TIMED_BATCHES),
     )
-    prefill = Part("prefill", (encoded,), cross, (batch,), time_at=encoder.time_at)
+    prefill = Part("prefill", (encoded,), cross, (batch,), {"linear": 2 * layers}, encoder.time_at)
     step = Part(
         "step",
         (*state, *keys_and_values("self", "length"), *cross),

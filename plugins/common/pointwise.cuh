@@ -1,16 +1,13 @@
 // 1 × 1 convolutions of channel-last images, y = x · weightᵀ for every pixel: what norm_pointwise_conv,
 // pointwise_conv_residual and transposed_attention_residual share.
 //
-// On tensor cores a warp multiplies 16 pixels by a tile of 8 outputs, 16 channels at a time.  Both factors may number
-// their channels in any order, as long as it is the same one, and outputs may have any order at all.  Here the numbers
-// that an instruction gives to one lane are neighbours in memory:
+// On tensor cores a warp multiplies 16 pixels by a tile of 8 outputs, 16 channels at a time.  Pixels and weights come
+// from shared memory, as rows of channels.  Outputs may have any order at all: the rows of weights have one in which
+// the outputs that two or four tiles give to a lane, two each, are neighbours in memory, 8 or 16 bytes.
+//
+// Kernels that keep pixels in registers number the channels so that a lane has neighbours of them, too:
 //
 //   granule  32 channels, two instructions: lane (group, pair) has channels 8·pair … 8·pair + 7 of it
-//   chunk    32 outputs, four tiles: lane (group, pair) has outputs 8·pair … 8·pair + 7 of it
-//
-// both for pixels group and group + 8.  So x comes from memory into registers and y goes from there to memory, 16
-// bytes to a lane and 64 to a pixel at once, without a detour through shared memory.  That holds the weights alone, as
-// fragments: in the order in which lanes read them.  They are copied once, then each warp works for itself.
 //
 // All other types and sizes are multiplied on FP32 units, see multiply_block.
 #pragma once
@@ -29,7 +26,6 @@ template <int N>
 using Int = std::integral_constant<int, N>;
 
 constexpr int kGranule = 32;         // channels
-constexpr int kChunkTiles = 4;       // of 8 outputs; a last chunk may have two, of which a lane gets four neighbours
 constexpr int kFragmentBytes = 512;  // a granule of a tile: 16 bytes for each lane
 constexpr int kMaxWidth = 1 << 20;   // channels or outputs: their products with what a block takes are int
 
@@ -64,57 +60,104 @@ __device__ inline uint4 pack(const float (&values)[8]) {
     return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// The first `count` of eight values, and zeros.
-__device__ inline uint4 first_of(const uint4& words, int count) {
-    const auto mask = [&](int i) { return (2 * i < count ? 0xffffu : 0) | (2 * i + 1 < count ? 0xffff0000u : 0); };
-    return {words.x & mask(0), words.y & mask(1), words.z & mask(2), words.w & mask(3)};
-}
-
 // c += x · weights over a granule; `upper` and `lower` are the lane's channels of pixels `group` and `group + 8`.
 __device__ inline void multiply_granule(float (&c)[4], const uint4& upper, const uint4& lower, const uint4& weights) {
     multiply_add(c, {upper.x, lower.x, upper.y, lower.y}, weights.x, weights.y);
     multiply_add(c, {upper.z, lower.z, upper.w, lower.w}, weights.z, weights.w);
 }
 
-// Starts to copy the fragments begin, begin + step, … of a tile: of the granules of weight (outputs, channels), and
-// zeros where these end.
+// ---- Tiles in shared memory -----------------------------------------------------------------------------------------
 //
-// The tile is one of `tiles` in a slice of outputs that begins at `first`; `fragments` are the tile's, `stride` apart.
-__device__ inline void copy_fragments(uint4* fragments, int stride, const __half* __restrict__ weight, int first,
-                                      int tile, int tiles, int begin, int end, int step, int outputs, int channels) {
-    const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-    const int chunk = tile / kChunkTiles * kChunkTiles;
-    const int width = tiles - chunk < kChunkTiles ? tiles - chunk : kChunkTiles;  // tiles of the chunk
-    // Column `group` of the tile goes to lanes whose pair is group / 2: number group % 2 of two outputs.
-    const int output = first + chunk * 8 + group / 2 * 2 * width + (tile - chunk) * 2 + group % 2;
-    const __half* const row = weight + int64_t{output} * channels;
-    for (int granule = begin; granule < end; granule += step) {
-        const int channel = granule * kGranule + 8 * pair;
-        uint4* const to = fragments + granule * stride + lane;
-        if (output >= outputs || channel >= channels) {
-            *to = {};
-        } else if (channels % 8 == 0) {
-            __pipeline_memcpy_async(to, row + channel, 16);
-        } else {  // rows that do not begin on boundaries
+// Where a block multiplies, shared memory holds rows of channels: of pixels, and of weights, one for each output.  A
+// row is an odd number of 16 bytes, so that eight rows, which ldmatrix reads at once, are in different banks.
+
+template <int STEPS>
+constexpr int kRowPitch = STEPS * 16 + 8;  // of STEPS times 16 channels
+
+// Starts to copy ROWS rows of STEPS·16 channels, and zeros where rows or channels end: `rows` and `channels` exist.
+// Row r of shared memory is row order(r) of `from`, where order(r + 16) is order(r) + 16, or the same with 32 if a
+// block copies 32 rows at once.
+template <int ROWS, int STEPS, int PITCH, int THREADS, typename F>
+__device__ void copy_rows(__half* to, const __half* __restrict__ from, int64_t rows, int pitch, int channels,
+                          bool aligned, F order) {
+    constexpr int kUnits = 2 * STEPS, kAtOnce = THREADS / (kUnits * 16) * 16;  // 16 bytes are a thread's
+    static_assert(kAtOnce > 0 && ROWS % kAtOnce == 0);
+    const int place = threadIdx.x / kUnits, channel = threadIdx.x % kUnits * 8, row = order(place);
+    if (kAtOnce * kUnits < THREADS && place >= kAtOnce) return;
+    const __half* source = from + int64_t{row} * pitch + channel;
+    const int64_t step = int64_t{kAtOnce} * pitch;
+    to += place * PITCH + channel;
+    if (aligned && rows >= ROWS && channels >= STEPS * 16) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i += kAtOnce, source += step) copy_or_clear(to + i * PITCH, source, true);
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < ROWS; i += kAtOnce, source += step) {
+        if (aligned) {
+            copy_or_clear(to + i * PITCH, source, row + i < rows && channel < channels);
+        } else {  // rows that do not begin on boundaries, or whose last 16 bytes are not whole
             Pack<__half, 8> values = {};
             for (int n = 0; n < 8; ++n) {
-                if (channel + n < channels) values.values[n] = row[channel + n];
+                if (row + i < rows && channel + n < channels) values.values[n] = source[n];
             }
-            store_pack(reinterpret_cast<__half*>(to), values);
+            store_pack(to + i * PITCH, values);
         }
     }
 }
 
-// Starts to copy `count` values, and zeros up to `size`, a multiple of 8.
-__device__ inline void copy_values(__half* to, const __half* __restrict__ from, int count, int size) {
-    for (int i = threadIdx.x * 8; i < size; i += blockDim.x * 8) {
-        if (i + 8 <= count) {
-            __pipeline_memcpy_async(to + i, from + i, 16);
-        } else {
-            for (int n = i; n < i + 8; ++n) to[n] = n < count ? from[n] : __half();
+// The output whose weights are row `place` of shared memory, so that a lane gets 2·TILES neighbours of TILES tiles.
+template <int TILES>
+__device__ int output_at(int place) {
+    const int tile = place / 8 % TILES;
+    return place / (TILES * 8) * (TILES * 8) + place % 8 / 2 * (2 * TILES) + tile * 2 + place % 2;
+}
+
+// The row and the first channel that a lane passes to load_matrices: for a fragment of 16 pixels, and for two of eight
+// outputs each.
+__device__ inline int pixel_place(int lane, int pitch) { return lane % 16 * pitch + lane / 16 * 8; }
+__device__ inline int output_place(int lane, int pitch) {
+    return (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
+}
+
+// c += x · weights over 16 channels; x[i] and `weights` are the lane's places.
+template <int STRIPS, int TILES>
+__device__ void multiply_step(float (&c)[STRIPS][TILES][4], const __half* const (&x)[STRIPS], const __half* weights,
+                              int pitch) {
+    static_assert(TILES % 2 == 0);
+    uint32_t rows[STRIPS][4];
+    for (int i = 0; i < STRIPS; ++i) load_matrices(rows[i], x[i]);
+#pragma unroll
+    for (int j = 0; j < TILES; j += 2) {
+        uint32_t columns[4];
+        load_matrices(columns, weights + j * 8 * pitch);
+        for (int i = 0; i < STRIPS; ++i) {
+            multiply_add(c[i][j], rows[i], columns[0], columns[1]);
+            multiply_add(c[i][j + 1], rows[i], columns[2], columns[3]);
         }
     }
 }
+
+// c = a · b.  What sums begin with is a product, too: one instruction for a tile instead of a conversion, an addition
+// and a move for each of a lane's values.
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    // volatile: the compiler would rather copy what is the same for two strips
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+#else
+    for (int n = 0; n < 4; ++n) c[n] = 0;
+    multiply_add(c, a, b0, b1);
+#endif
+}
+
+// A row of the first factor of a bias: 1 in one of its columns, of the first or the second half of a word.
+__device__ inline uint32_t one_in(int half) { return threadIdx.x % 4 > 0 ? 0 : half > 0 ? 0x3c000000 : 0x3c00; }
+
+constexpr uint32_t kOnes = 0x3c003c00;  // both halves of a word
 
 // One store of 8 or 16 bytes.  The compiler makes single words of a store_pack here.
 __device__ inline void store_words(__half* target, const uint32_t (&words)[2]) {
@@ -127,22 +170,12 @@ __device__ inline void store_words(__half* target, const uint32_t (&words)[4]) {
                  : "memory");
 }
 
-// Rounds a lane's outputs of a pixel and stores them: columns 2·half and 2·half + 1 of its fragments c of a chunk.
+// Rounds a lane's outputs of a pixel, TILES tiles from c[0] on, and stores them: columns 2·half and 2·half + 1.
 template <int TILES>
-__device__ void store_outputs(__half* target, const float (&c)[TILES][4], int half) {
+__device__ void store_outputs(__half* target, const float (*c)[4], int half) {
     uint32_t words[TILES];
     for (int j = 0; j < TILES; ++j) words[j] = as_word(__floats2half2_rn(c[j][2 * half], c[j][2 * half + 1]));
     store_words(target, words);
-}
-
-// Makes a lane's outputs from `count` on zeros.
-template <int TILES>
-__device__ void clear_from(float (&c)[TILES][4], int count) {
-    for (int j = 0; j < TILES; ++j) {
-        for (int n = 0; n < 4; ++n) {
-            if (2 * j + n % 2 >= count) c[j][n] = 0;
-        }
-    }
 }
 
 // ---- FP32 multiply-adds ---------------------------------------------------------------------------------------------

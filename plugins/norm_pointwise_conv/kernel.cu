@@ -1,10 +1,10 @@
 // Layer normalisation of each pixel over its channels and the 1 × 1 convolution behind it.
 //
 // Floor: x is read once and y, which is three to five times as large, written once; 2·channels·outputs operations for
-// each pixel weigh as much from 96 channels on.  A warp keeps its pixels in registers, as the fragments that tensor
-// cores take (see common/pointwise.cuh): it normalises them there and multiplies them by one chunk of outputs after
-// the other, with the weights in shared memory.  Where pixels are few the outputs are cut into slices, one for a block,
-// so that every multiprocessor has work; each slice normalises the pixels again.
+// each pixel weigh as much from 96 channels on.  A block keeps the weights of a slice of the outputs in shared memory,
+// and takes one tile of pixels after the other: it normalises them there, each warp 16, and multiplies them by one
+// chunk of outputs after the other, with the next tile on its way.  Where pixels are few there are more slices, so that
+// every multiprocessor has work; each slice normalises the pixels again.
 #include "common/pointwise.cuh"
 #include "norm_pointwise_conv/kernel.cuh"
 
@@ -22,224 +22,263 @@ struct Arguments {
 
 // ---- Tensor cores ---------------------------------------------------------------------------------------------------
 
-// Sum over the four lanes of a pixel.
-__device__ float pixel_sum(float x) {
-    for (int offset = 1; offset < 4; offset *= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
+constexpr int kWarps = 8, kThreads = kWarps * 32;
+constexpr int kChunk = 32;  // outputs
 
-// Normalises the lane's shares of PIXELS pixels, in place.  Granules from WHOLE on may reach behind the last channel;
-// x, gammas and betas are zeros there.
-template <int WHOLE, int GRANULES, int PIXELS>
-__device__ void normalise(uint4 (&x)[PIXELS][GRANULES], const __half* gammas, const __half* betas, int channels,
-                          float epsilon, bool subtract_mean) {
-    const int first = threadIdx.x % 4 * 8;  // the lane's first channel of a granule
-    float values[8], offset[PIXELS], scale[PIXELS];
-#pragma unroll
-    for (int p = 0; p < PIXELS; ++p) {
-        float sum = 0;
-#pragma unroll
-        for (int g = 0; g < GRANULES; ++g) {
-            unpack(x[p][g], values);
-            float part = 0;  // short chains of additions
-            for (float value : values) part += value;
-            sum += part;
-        }
-        const float mean = pixel_sum(sum) / channels;
-        float squares = 0;
-#pragma unroll
-        for (int g = 0; g < GRANULES; ++g) {
-            unpack(x[p][g], values);
-            float part = 0;
-            for (int n = 0; n < 8; ++n) {
-                const bool exists = g < WHOLE || g * kGranule + first + n < channels;
-                const float deviation = exists ? values[n] - mean : 0;
-                part += deviation * deviation;
-            }
-            squares += part;
-        }
-        offset[p] = subtract_mean ? mean : 0;
-        scale[p] = rsqrtf(pixel_sum(squares) / channels + epsilon);
-    }
-#pragma unroll
-    for (int g = 0; g < GRANULES; ++g) {
-        float gamma[8], beta[8];
-        unpack(*reinterpret_cast<const uint4*>(gammas + g * kGranule + first), gamma);
-        unpack(*reinterpret_cast<const uint4*>(betas + g * kGranule + first), beta);
-#pragma unroll
-        for (int p = 0; p < PIXELS; ++p) {
-            unpack(x[p][g], values);
-            for (int n = 0; n < 8; ++n) values[n] = (values[n] - offset[p]) * scale[p] * gamma[n] + beta[n];
-            x[p][g] = pack(values);
-        }
-    }
-}
+// A warp multiplies 32 pixels by a chunk; 8 / ROWS warps take turns with the chunks.  STEPS times 16 channels.
+template <int STEPS, int ROWS>
+struct Tile {
+    static constexpr int kPixels = ROWS * 32, kColumns = kWarps / ROWS, kPitch = kRowPitch<STEPS>;
+    static constexpr int kPixelBytes = kPixels * kPitch * 2, kFactorBytes = STEPS * 16 * 2 * 2;
+    static constexpr int kOutputBytes = kPitch * 2 + 2;  // with the bias
+    static constexpr int kBlocks = STEPS > 12 ? 1 : 2;   // of a multiprocessor, if shared memory has room
+};
 
-// GRANULES: of a pixel; WHOLE: those that certainly are whole.  A warp takes STRIPS · 16 pixels at once.  As many warps
-// as the registers allow share the weights.
+__device__ __half2 as_pair(uint32_t word) { return *reinterpret_cast<const __half2*>(&word); }
+
+// The first `count` of a word's two values, and zeros.
+__device__ uint32_t first_of(uint32_t word, int count) { return count >= 2 ? word : count == 1 ? word & 0xffff : 0; }
+
+// Sums of the channels, and of the squares of what deviation() makes of 16 of them, are products on tensor cores.
+// The lane's channels of 16 are 2·pair, 2·pair + 1, and the same plus 8; words are as in a fragment: of pixels `group`,
+// group + 8, then the same with the channels plus 8.
 //
-// blockIdx is (slice, share of the pixels): blocks that read the same pixels are neighbours.
-template <int GRANULES, int WHOLE, int WARPS, int STRIPS>
-__global__ void __launch_bounds__(WARPS * 32, 1)
+// `place` is what the lane passes to load_matrices, `target` its first channels of pixel `group`; the factors are pairs
+// of gamma and of beta, zeros behind the last channel.
+template <int STEPS, bool WHOLE>
+__device__ void normalise(const __half* place, __half* target, const uint2* factors, int channels, float epsilon,
+                          bool subtract_mean) {
+    constexpr int kUnrolled = STEPS < 6 ? STEPS : 6;
+    const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+    const float inverse = 1.0f / channels;
+    float sums[2][4] = {};  // two, for shorter chains
+#pragma unroll kUnrolled
+    for (int k = 0; k < STEPS; ++k) {
+        uint32_t x[4];
+        load_matrices(x, place + k * 16);
+        multiply_add(sums[k % 2], x, kOnes, kOnes);
+    }
+    // Halves of the deviations, which FP16 can always hold: x / 2 - half, where `half` is the mean's, rounded.  What
+    // that leaves out, `rest`, is subtracted from them later.
+    __half2 minus[2];
+    float mean[2], rest[2];
+    for (int i = 0; i < 2; ++i) {
+        const float sum = sums[0][2 * i] + sums[1][2 * i], quotient = sum * inverse;
+        mean[i] = fmaf(fmaf(-quotient, channels, sum), inverse, quotient);  // exact, where the values are all the same
+        minus[i] = __float2half2_rn(-0.5f * mean[i]);
+        rest[i] = 0.5f * mean[i] + __low2float(minus[i]);
+    }
+    const auto deviations = [&](uint32_t (&x)[4], int k) {
+        load_matrices(x, place + k * 16);
+        for (int n = 0; n < 4; ++n) {
+            x[n] = as_word(__hfma2(as_pair(x[n]), __float2half2_rn(0.5f), minus[n % 2]));
+        }
+        if (!WHOLE && (k + 1) * 16 > channels) {
+            for (int n = 0; n < 4; ++n) x[n] = first_of(x[n], channels - k * 16 - n / 2 * 8 - 2 * pair);
+        }
+    };
+    // Products of all pixels: the squares are on the diagonal.
+    float upper[4] = {}, lower[4] = {};
+#pragma unroll kUnrolled
+    for (int k = 0; k < STEPS; ++k) {
+        uint32_t x[4];
+        deviations(x, k);
+        multiply_add(upper, x, x[0], x[2]);
+        multiply_add(lower, x, x[1], x[3]);
+    }
+    const float squares[] = {group % 2 == 0 ? upper[0] : upper[1], group % 2 == 0 ? lower[2] : lower[3]};
+    // A factor of FP16 would be off for all channels alike: `more` is what it lacks.
+    __half2 scale[2], more[2], shift[2];
+    for (int i = 0; i < 2; ++i) {
+        const float sum = __shfl_sync(0xffffffffu, squares[i], group * 4 + group / 2);
+        const float factor = rsqrtf(fmaxf(4 * (sum * inverse - rest[i] * rest[i]), 0.0f) + epsilon);
+        scale[i] = __float2half2_rn(2 * factor);
+        more[i] = __float2half2_rn(2 * factor - __low2float(scale[i]));
+        shift[i] = __float2half2_rn(((subtract_mean ? 0 : mean[i]) - 2 * rest[i]) * factor);
+    }
+#pragma unroll kUnrolled
+    for (int k = 0; k < STEPS; ++k) {
+        uint32_t x[4];
+        deviations(x, k);
+        for (int n = 0; n < 4; ++n) {
+            const __half2 deviation = as_pair(x[n]);
+            const uint2 words = factors[k * 8 + n / 2 * 4 + pair];
+            const __half2 normalised = __hfma2(deviation, scale[n % 2], __hfma2(deviation, more[n % 2], shift[n % 2]));
+            *reinterpret_cast<__half2*>(target + n % 2 * 8 * kRowPitch<STEPS> + k * 16 + n / 2 * 8) =
+                __hfma2(normalised, as_pair(words.x), as_pair(words.y));
+        }
+    }
+}
+
+// blockIdx is (slice, share of the pixels): blocks that read the same pixels are neighbours.  A slice has `columns`
+// outputs, whole chunks.  There is room for two tiles of pixels, if a block takes several.
+template <int STEPS, int ROWS>
+__global__ void __launch_bounds__(kThreads, Tile<STEPS, ROWS>::kBlocks)
     tensor_core_kernel(const __half* __restrict__ x, const __half* __restrict__ norm_weight,
                        const __half* __restrict__ norm_bias, const __half* __restrict__ weight,
                        const __half* __restrict__ bias, __half* __restrict__ y, int64_t pixels, int shares,
                        int channels, int outputs, int pitch_x, int pitch_y, float epsilon, bool subtract_mean,
                        int columns) {
-    constexpr int kPixels = 2 * STRIPS;  // of a lane: `group`, group + 8, …
-    // The slice, of `columns` outputs: fragments (tiles, granules), bias, gamma, beta.
+    using Sizes = Tile<STEPS, ROWS>;
+    constexpr int kPitch = Sizes::kPitch, kColumns = Sizes::kColumns;
+    constexpr int kPart = STEPS % 4 == 0 ? 4 : 3;  // of the steps, which is copied at once
     extern __shared__ uint4 shared[];
     allow_dependents();
-    uint4* const fragments = shared;
-    auto* const biases = reinterpret_cast<__half*>(fragments + columns / 8 * GRANULES * 32);
-    __half *const gammas = biases + columns, *const betas = gammas + GRANULES * kGranule;
+    auto* const factors = reinterpret_cast<uint2*>(shared);
+    auto* const biases = reinterpret_cast<__half*>(factors + STEPS * 8);  // (chunk, group, tile)
+    __half *const weights = biases + columns, *const tiles = weights + columns * kPitch;
     const int first = static_cast<int>(blockIdx.x) * columns;
-    const int tiles = outputs - first < columns ? (outputs - first + 15) / 16 * 2 : columns / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+    const int existing = outputs - first < columns ? outputs - first : columns;
+    const int chunks = (existing + kChunk - 1) / kChunk;
+    const bool aligned = channels % 8 == 0;
 
-    const auto pixel_of = [&](int share) { return (int64_t{share} * WARPS + warp) * (STRIPS * 16) + group; };
-    uint4 fragment[kPixels][GRANULES];  // of x, then of what is multiplied
-    const auto load = [&](int share) {
-#pragma unroll
-        for (int p = 0; p < kPixels; ++p) {
-            const int64_t pixel = pixel_of(share) + 8 * p;
-            // Pixels behind the last one repeat it and are not stored.
-            const __half* const source = x + (pixel < pixels ? pixel : pixels - 1) * pitch_x + 8 * pair;
-#pragma unroll
-            for (int g = 0; g < GRANULES; ++g) {
-                const bool exists = g < WHOLE || g * kGranule + 8 * pair < channels;
-                fragment[p][g] = exists ? *reinterpret_cast<const uint4*>(source + g * kGranule) : uint4{};
-            }
-        }
-    };
-    // Three copies, in the order in which they are needed.
-    copy_values(gammas, norm_weight, channels, GRANULES * kGranule);
-    copy_values(betas, norm_bias, channels, GRANULES * kGranule);
-    copy_values(biases, bias + first, outputs - first, columns);
-    __pipeline_commit();
-    const int half = (tiles + 2 * kChunkTiles - 1) / (2 * kChunkTiles) * kChunkTiles;
-    const auto copy_tiles = [&](int begin, int end) {
-        for (int tile = begin + warp; tile < end; tile += WARPS) {
-            copy_fragments(fragments + tile * GRANULES * 32, 32, weight, first, tile, tiles, 0, GRANULES, 1, outputs,
-                           channels);
+    const auto copy_pixels = [&](int share, int buffer) {
+        const int64_t begin = int64_t{share} * Sizes::kPixels;
+        for (int step = 0; step < STEPS; step += kPart) {
+            copy_rows<Sizes::kPixels, kPart, kPitch, kThreads>(
+                tiles + buffer * (Sizes::kPixels * kPitch) + step * 16, x + begin * pitch_x + step * 16, pixels - begin,
+                pitch_x, channels - step * 16, aligned, [](int place) { return place; });
         }
         __pipeline_commit();
     };
-    copy_tiles(0, half < tiles ? half : tiles);
-    copy_tiles(half, tiles);
+    for (int i = threadIdx.x; i < STEPS * 16; i += kThreads) {  // pairs of gamma and beta alternate
+        auto* const values = reinterpret_cast<__half*>(factors) + i / 2 * 4 + i % 2;
+        values[0] = i < channels ? norm_weight[i] : __half();
+        values[2] = i < channels ? norm_bias[i] : __half();
+    }
+    for (int i = threadIdx.x; i < chunks * kChunk; i += kThreads) {
+        const int output = first + output_at<4>(i);
+        biases[i / kChunk * kChunk + i % 8 * 4 + i / 8 % 4] = output < outputs ? bias[output] : __half();
+    }
     wait_for_previous();
-    load(blockIdx.y);
-
-    for (int share = blockIdx.y; share < shares; share += gridDim.y) {
-        if (channels % 8 != 0) {  // padding
+    copy_pixels(blockIdx.y, 0);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
-            for (int p = 0; p < kPixels; ++p) {
-#pragma unroll
-                for (int g = WHOLE; g < GRANULES; ++g) {
-                    fragment[p][g] = first_of(fragment[p][g], channels - g * kGranule - 8 * pair);
-                }
-            }
+        for (int step = 0; step < STEPS; step += kPart) {
+            copy_rows<kChunk, kPart, kPitch, kThreads>(weights + chunk * kChunk * kPitch + step * 16,
+                                                       weight + int64_t{first + chunk * kChunk} * channels + step * 16,
+                                                       existing - chunk * kChunk, channels, channels - step * 16,
+                                                       aligned, output_at<4>);
         }
-        const bool starting = share == static_cast<int>(blockIdx.y);
-        if (starting) {
-            __pipeline_wait_prior(2);
-            __syncthreads();
-        }
-        normalise<WHOLE>(fragment, gammas, betas, channels, epsilon, subtract_mean);
+    }
+    __pipeline_commit();
+    __pipeline_wait_prior(1);
 
-        const int64_t pixel = pixel_of(share);
-        const int rows = pixels - pixel < kPixels * 8 ? static_cast<int>(pixels - pixel) : kPixels * 8;
-        __half* const target = y + pixel * pitch_y + first;
-        // Multiplies by a chunk of tiles, which begins at `tile`.
-        const auto multiply = [&](int tile, auto chunk) {
-            constexpr int kTiles = decltype(chunk)::value, kOutputs = 2 * kTiles;
-            const int column = tile * 8 + kOutputs * pair;  // the lane's first
-            const auto offsets = load_pack<kOutputs>(biases + column);
-            float c[STRIPS][kTiles][4];
-            for (auto& strip : c) {
-                for (int n = 0; n < kTiles * 4; ++n) strip[n / 4][n % 4] = to_float(offsets.values[n / 4 * 2 + n % 2]);
-            }
-#pragma unroll
-            for (int g = 0; g < GRANULES; ++g) {
-#pragma unroll
-                for (int j = 0; j < kTiles; ++j) {
-                    const uint4 weights = fragments[((tile + j) * GRANULES + g) * 32 + lane];
-                    for (int i = 0; i < STRIPS; ++i) {
-                        multiply_granule(c[i][j], fragment[2 * i][g], fragment[2 * i + 1][g], weights);
-                    }
-                }
-            }
-            const int existing = outputs - first - column;  // outputs from the lane's first one on
-            if (existing < kOutputs) {
-                for (auto& strip : c) clear_from(strip, existing);
-            }
-            if (first + column >= pitch_y) return;
-            for (int p = 0; p < kPixels; ++p) {
-                if (8 * p < rows) store_outputs(target + column + p * 8 * pitch_y, c[p / 2], p % 2);
-            }
-        };
-        for (int tile = 0; tile < tiles; tile += kChunkTiles) {
-            if (starting && tile == 0) {
-                __pipeline_wait_prior(1);
-                __syncthreads();
-            } else if (starting && tile == half) {
-                __pipeline_wait_prior(0);
-                __syncthreads();
-            }
-            if (tile + kChunkTiles <= tiles) {
-                multiply(tile, Int<kChunkTiles>{});
+    const int row = warp / kColumns, column = warp % kColumns;
+    const uint32_t ones[] = {one_in(0), one_in(1)};
+    int buffer = 0;
+#pragma unroll 1
+    for (int share = blockIdx.y; share < shares; share += gridDim.y, buffer ^= 1) {
+        __half* const tile = tiles + buffer * (Sizes::kPixels * kPitch);
+        __syncthreads();  // the tile is there
+        if (ROWS == 4 || warp < 2 * ROWS) {
+            __half* const own = tile + warp * 16 * kPitch;
+            const __half* const place = own + pixel_place(lane, kPitch);
+            __half* const target = own + group * kPitch + 2 * pair;
+            if (channels == STEPS * 16) {
+                normalise<STEPS, true>(place, target, factors, channels, epsilon, subtract_mean);
             } else {
-                multiply(tile, Int<2>{});
+                normalise<STEPS, false>(place, target, factors, channels, epsilon, subtract_mean);
             }
         }
-        if (share + static_cast<int>(gridDim.y) < shares) load(share + gridDim.y);
+        __pipeline_wait_prior(0);  // the weights, at first
+        __syncthreads();           // the tile is normalised, and nobody reads the one before any more
+        if (share + static_cast<int>(gridDim.y) < shares) copy_pixels(share + gridDim.y, buffer ^ 1);
+
+        const int64_t begin = int64_t{share} * Sizes::kPixels + row * 32 + group;
+        const int rows = pixels - begin < 32 ? static_cast<int>(pixels - begin) : 32;
+        __half* const target = y + begin * pitch_y + first + 8 * pair;
+        const int left = pitch_y - first - 8 * pair;
+        const __half* const from = tile + row * 32 * kPitch + pixel_place(lane, kPitch);
+#pragma unroll 1
+        for (int chunk = column; chunk < chunks; chunk += kColumns) {
+            const auto words = reinterpret_cast<const uint2*>(biases)[chunk * 8 + group];
+            float c[2][4][4];
+            for (int i = 0; i < 2; ++i) {
+                for (int j = 0; j < 4; ++j) {
+                    multiply(c[i][j], {ones[j % 2], ones[j % 2], 0, 0}, j < 2 ? words.x : words.y, 0);
+                }
+            }
+            const __half* const chosen = weights + chunk * kChunk * kPitch + output_place(lane, kPitch);
+#pragma unroll(STEPS < 12 ? STEPS : 6)
+            for (int k = 0; k < STEPS; ++k) {
+                const __half* const strips[] = {from + k * 16, from + 16 * kPitch + k * 16};
+                multiply_step(c, strips, chosen + k * 16, kPitch);
+            }
+            // The sums of padding are zeros.
+            for (int n = 0; n < 4; ++n) {
+                if (8 * n < rows && chunk * kChunk < left) {
+                    store_outputs<4>(target + chunk * kChunk + int64_t{8 * n} * pitch_y, c[n / 2], n % 2);
+                }
+            }
+        }
+        __pipeline_wait_prior(0);  // the next tile
     }
 }
 
-// Outputs are cut into `slices` of `columns`, a multiple of 16.
+// How the outputs are cut into slices of `columns`; blocks for each, and shared memory of one.
 struct Cut {
-    int columns = 0, slices = 0;
+    int64_t columns = 0, slices = 0, blocks = 0, bytes = 0, work = INT64_MAX;
 };
 
-// The cut with which the multiprocessors, a block each, do the least one after the other.  For each of the shares of
-// the pixels a block normalises, which is as much work as some columns, and multiplies.
-Cut best_cut(const Gpu& gpu, int64_t shares, int outputs, int column_bytes, int more_bytes) {
-    constexpr int kNormalisation = 64;
-    const int64_t sixteens = ceil_div(outputs, 16);
-    int64_t least = INT64_MAX;
+// The cut with which a multiprocessor does the least.  For each tile of pixels a block normalises, which is as much
+// work as some pixels × outputs, and multiplies.
+template <int STEPS, int ROWS>
+Cut best_cut(const Gpu& gpu, int64_t pixels, int outputs) {
+    using Sizes = Tile<STEPS, ROWS>;
+    constexpr int kNormalisation = 96 * 128;  // of a tile of any size, since each warp has 16 pixels
+    const int64_t shares = ceil_div(pixels, Sizes::kPixels), chunks = ceil_div(outputs, kChunk);
     Cut best;
-    for (int64_t count = 1; count <= sixteens; ++count) {
-        const int64_t columns = ceil_div(sixteens, count) * 16;
-        if (columns * column_bytes + more_bytes > gpu.shared_bytes) continue;
-        const int64_t slices = ceil_div(outputs, columns);
-        const int64_t blocks = gpu.multiprocessors > slices ? gpu.multiprocessors / slices : 1;  // of one slice
-        const int64_t work =
-            ceil_div(shares, blocks) * ceil_div(slices, gpu.multiprocessors) * (columns + kNormalisation);
-        if (work < least) {
-            least = work;
-            best = {static_cast<int>(columns), static_cast<int>(slices)};
+    for (int64_t count = 1; count <= chunks; ++count) {
+        Cut cut;
+        cut.columns = ceil_div(chunks, count) * kChunk;
+        cut.slices = ceil_div(outputs, cut.columns);
+        const int64_t least = Sizes::kFactorBytes + cut.columns * Sizes::kOutputBytes + Sizes::kPixelBytes;
+        // Blocks of a multiprocessor, with room for one tile or for two; besides, each takes 1 KB.
+        for (int tiles = 1; tiles <= 2; ++tiles) {
+            cut.bytes = least + (tiles - 1) * Sizes::kPixelBytes;
+            const int64_t room = (gpu.shared_bytes + 1024) / (cut.bytes + 1024);
+            if (room < 1) break;
+            const int64_t each = room < Sizes::kBlocks ? room : Sizes::kBlocks, all = gpu.multiprocessors * each;
+            const int64_t most = all > cut.slices ? all / cut.slices : 1;
+            if (tiles == 1 && shares > most) continue;
+            cut.blocks = shares < most ? shares : most;
+            // The blocks of a multiprocessor take turns; a single one waits more.
+            const int64_t together = ceil_div(cut.slices * cut.blocks, gpu.multiprocessors);
+            cut.work = ceil_div(shares, cut.blocks) * together * (cut.columns * Sizes::kPixels + kNormalisation) *
+                       (together > 1 ? 4 : 5);
+            if (cut.work < best.work) best = cut;
+            break;
         }
     }
     return best;
 }
 
-template <int GRANULES, int WHOLE, int WARPS, int STRIPS>
-cudaError_t launch_tensor_cores(const Arguments& a, cudaStream_t stream) {
+template <int STEPS, int ROWS>
+cudaError_t launch_cut(const Arguments& a, const Cut& cut, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(cut.slices), static_cast<unsigned>(cut.blocks));
+    return launch_dependent(tensor_core_kernel<STEPS, ROWS>, grid, kThreads, static_cast<int>(cut.bytes), stream,
+                            static_cast<const __half*>(a.x), static_cast<const __half*>(a.norm_weight),
+                            static_cast<const __half*>(a.norm_bias), static_cast<const __half*>(a.weight),
+                            static_cast<const __half*>(a.bias), static_cast<__half*>(a.y), a.pixels,
+                            static_cast<int>(ceil_div(a.pixels, Tile<STEPS, ROWS>::kPixels)), a.channels, a.outputs,
+                            a.pitch_x, a.pitch_y, a.epsilon, a.subtract_mean, static_cast<int>(cut.columns));
+}
+
+// False if there is no room for so many channels.
+template <int STEPS>
+bool launch_tensor_cores(const Arguments& a, cudaStream_t stream, cudaError_t& error) {
     Gpu gpu;
-    if (const cudaError_t error = find_gpu(gpu)) return error;
-    constexpr int kColumnBytes = GRANULES * kFragmentBytes / 8 + 2;  // with the bias
-    constexpr int kMoreBytes = 2 * GRANULES * kGranule * 2;          // gamma and beta
-    const int64_t shares = ceil_div(a.pixels, WARPS * STRIPS * 16);
-    const auto [columns, slices] = best_cut(gpu, shares, a.outputs, kColumnBytes, kMoreBytes);
-    if (columns == 0 || shares > INT32_MAX / 2) return cudaErrorInvalidValue;
-    const int64_t most = gpu.multiprocessors > slices ? gpu.multiprocessors / slices : 1;
-    const dim3 grid(slices, static_cast<unsigned>(shares < most ? shares : most));
-    return launch_dependent(tensor_core_kernel<GRANULES, WHOLE, WARPS, STRIPS>, grid, WARPS * 32,
-                            columns * kColumnBytes + kMoreBytes, stream, static_cast<const __half*>(a.x),
-                            static_cast<const __half*>(a.norm_weight), static_cast<const __half*>(a.norm_bias),
-                            static_cast<const __half*>(a.weight), static_cast<const __half*>(a.bias),
-                            static_cast<__half*>(a.y), a.pixels, static_cast<int>(shares), a.channels, a.outputs,
-                            a.pitch_x, a.pitch_y, a.epsilon, a.subtract_mean, columns);
+    error = find_gpu(gpu);
+    if (error) return true;
+    if (ceil_div(a.pixels, 64) > INT32_MAX / 2) return false;
+    const Cut large = best_cut<STEPS, 4>(gpu, a.pixels, a.outputs),
+              small = best_cut<STEPS, 2>(gpu, a.pixels, a.outputs);
+    if (large.columns + small.columns == 0) return false;
+    error = large.work <= small.work ? launch_cut<STEPS, 4>(a, large, stream) : launch_cut<STEPS, 2>(a, small, stream);
+    return true;
 }
 
 // ---- FP32 multiply-adds ---------------------------------------------------------------------------------------------
@@ -316,14 +355,13 @@ cudaError_t launch_norm_pointwise_conv(DataType type, const void* x, const void*
                          subtract_mean != 0};
     if (type == DataType::kFloat) return launch_multiply_adds<float>(a, stream);
     if (type != DataType::kHalf) return cudaErrorInvalidValue;
-    // Two strips use each fragment of the weights twice; more granules leave registers for one only.
-    if (channels <= 32) return launch_tensor_cores<1, 0, 16, 2>(a, stream);
-    if (channels <= 64) return launch_tensor_cores<2, 1, 16, 2>(a, stream);
-    if (channels <= 96) return launch_tensor_cores<3, 2, 16, 2>(a, stream);
-    if (channels <= 128) return launch_tensor_cores<4, 3, 8, 2>(a, stream);
-    if (channels <= 192) return launch_tensor_cores<6, 4, 8, 2>(a, stream);
-    if (channels <= 256) return launch_tensor_cores<8, 6, 8, 1>(a, stream);
-    if (channels <= 384) return launch_tensor_cores<12, 8, 8, 1>(a, stream);
+    cudaError_t error = cudaSuccess;
+    if (channels <= 384 && (channels <= 48    ? launch_tensor_cores<3>(a, stream, error)
+                            : channels <= 96  ? launch_tensor_cores<6>(a, stream, error)
+                            : channels <= 192 ? launch_tensor_cores<12>(a, stream, error)
+                                              : launch_tensor_cores<24>(a, stream, error))) {
+        return error;
+    }
     return launch_multiply_adds<__half>(a, stream);
 }
 

@@ -2,10 +2,10 @@
 // transposed_attention_residual share.
 //
 // Floor: x and residual are read once, y is written once; 2·channels·outputs operations for each pixel weigh as much
-// from 192 outputs on.  A warp sums 16 pixels × all outputs of its block, from the residual on; the pixels pass through
-// its registers, as the fragments that tensor cores take (see common/pointwise.cuh), with the next ones always on
-// their way.  Where pixels are few, the outputs are cut into slices and the channels of a pixel are shared among
-// several warps, so that every multiprocessor has work and loads much at once.
+// from 192 outputs on.  A block takes a tile of pixels × outputs at a time.  Slices of its channels come to shared
+// memory through a ring, always several ahead, those of its next tile too; the weights come with the first tile's and
+// stay, if there is room.  Where pixels are few, tiles are small, so that every multiprocessor has one, and several
+// warps share the channels of one.
 #pragma once
 
 #include "common/pointwise.cuh"
@@ -24,212 +24,257 @@ struct GivenWeights {
     static constexpr bool kPerImage = false;
 };
 
-constexpr int kResidualWarps = 16;
-constexpr int kResidualAhead = 4;  // granules on their way
-
-// Calls f(tile, n) for each chunk: its first tile and its tiles, as constants.
-template <int TILES, int TILE = 0, typename F>
-__device__ void for_each_chunk(F f) {
-    if constexpr (TILE < TILES) {
-        f(Int<TILE>{}, Int<(TILES - TILE < kChunkTiles ? TILES - TILE : kChunkTiles)>{});
-        for_each_chunk<TILES, TILE + kChunkTiles>(f);
-    }
-}
-
-// The lane's channels of two pixels, `group` and group + 8 of a warp's 16.
-struct Source {
-    const __half* upper;
-    int to_lower;  // from there
-    int channels;  // that exist
-};
-struct Granule {
-    uint4 upper, lower;
+// A warp takes 32 pixels by 48 outputs.  A block has ROWS × COLUMNS of these, PARTS warps for each: part p multiplies
+// the channels 16·p …, 16·(p + PARTS) …, … of a slice, which has 16·STEPS.
+template <int ROWS, int COLUMNS, int PARTS, int STEPS, int STAGES>
+struct ResidualTile {
+    static constexpr int kWarps = ROWS * COLUMNS * PARTS, kThreads = kWarps * 32;
+    static constexpr int kPixels = ROWS * 32, kOutputs = COLUMNS * 48, kDepth = STEPS * 16;
+    static constexpr int kPixelHalves = kPixels * kRowPitch<STEPS>, kOutputHalves = kOutputs * kRowPitch<STEPS>;
+    // Of a multiprocessor, if shared memory has room.
+    static constexpr int kBlocks = PARTS > 1 ? 1 : kThreads > 128 ? 2 : 3;
+    static_assert(STEPS % PARTS == 0 && STAGES > 1);
+    // Partial sums take the place of the ring.
+    static_assert(PARTS == 1 || 2 * kWarps * 6 * 32 * 16 <= STAGES * kPixelHalves * 2);
 };
 
-// ROWS warps of a block take 16 pixels each, PARTS share the channels of one of these rows: part p takes the granules
-// p, p + PARTS, …  A slice has TILES tiles of outputs.
+// blockIdx.x is (share of the pixels, tile of outputs), blockIdx.z the image: blocks that read the same pixels are
+// neighbours.  With several parts each block has one share only.  `slots` slices of the weights have room, all of them
+// or STAGES.
 //
-// blockIdx is (slice, share of the pixels, image): blocks that read the same pixels are neighbours.  With several parts
-// each block has one share only, since the partial sums take the place of the weights.
-//
-// WEIGHTS that differ from image to image make their fragments themselves, of what a kernel has left.  Given ones are
-// on their way before the kernel waits.
-template <int TILES, int ROWS, int PARTS, typename WEIGHTS>
-__global__ void __launch_bounds__(kResidualWarps * 32, 1)
+// WEIGHTS that differ from image to image are made by the block itself, of what a kernel has left: all slices have room
+// then.  Given ones are on their way before the kernel waits.
+template <int ROWS, int COLUMNS, int PARTS, int STEPS, int STAGES, typename WEIGHTS>
+__global__ void __launch_bounds__(ROWS * COLUMNS * PARTS * 32,
+                                  ResidualTile<ROWS, COLUMNS, PARTS, STEPS, STAGES>::kBlocks)
     pointwise_residual_kernel(const __half* __restrict__ x, const __half* __restrict__ weight,
                               const __half* __restrict__ bias, const __half* __restrict__ residual,
                               __half* __restrict__ y, int64_t pixels, int shares, int channels, int outputs,
-                              int pitch_x, int pitch_y, int steps, WEIGHTS weights_of) {
-    static_assert(ROWS * PARTS == kResidualWarps);
-    // The image's first pixel; not added to the pointers, which would then be in registers.
-    const int64_t origin = WEIGHTS::kPerImage ? blockIdx.z * pixels : 0;
-    // The slice: bias, fragments (granules, tiles).  A step is a granule for each part.
+                              int pitch_x, int pitch_y, int slices, int slots, WEIGHTS weights_of) {
+    using Tile = ResidualTile<ROWS, COLUMNS, PARTS, STEPS, STAGES>;
+    // Tiles in pairs, of which a lane has four neighbouring outputs: 8 bytes, and 32 with the pixel's other lanes.
+    constexpr int kTiles = 6, kPairs = 3, kPitch = kRowPitch<STEPS>;
+    constexpr int kOwn = PARTS == 1 ? 2 : 1;  // strips of 16 pixels that a warp finishes: of two parts one each
     extern __shared__ uint4 shared[];
     allow_dependents();
-    auto* const biases = reinterpret_cast<__half*>(shared);
-    uint4* const fragments = shared + TILES;
-    const int first = static_cast<int>(blockIdx.x) * TILES * 8;
+    auto* const weights = reinterpret_cast<__half*>(shared);     // (slots, outputs, pitch)
+    __half* const ring = weights + slots * Tile::kOutputHalves;  // (stages, pixels, pitch)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-    const int row = warp % ROWS, part = warp / ROWS;
-
-    const auto pixel_of = [&](int share) { return (int64_t{share} * ROWS + row) * 16 + group; };
-    // Pixels behind the last one repeat it and are not stored.
-    const auto existing = [&](int64_t pixel) { return pixel < pixels ? pixel : pixels - 1; };
-    const auto source_of = [&](int share) -> Source {
-        if (share >= shares) return {};
-        const int64_t upper = existing(pixel_of(share)), lower = existing(pixel_of(share) + 8);
-        return {x + (origin + upper) * pitch_x + 8 * pair, static_cast<int>(lower - upper) * pitch_x, channels};
-    };
-    const auto load = [&](const Source& source, int step) {
-        const int channel = (step * PARTS + part) * kGranule;
-        const int count = source.channels - channel - 8 * pair;  // of the lane
-        if (count <= 0) return Granule{};
-        Granule granule = {__ldg(reinterpret_cast<const uint4*>(source.upper + channel)),
-                           __ldg(reinterpret_cast<const uint4*>(source.upper + source.to_lower + channel))};
-        if (channels % 8 != 0) granule = {first_of(granule.upper, count), first_of(granule.lower, count)};  // padding
-        return granule;
-    };
-
-    // Two copies, in the order in which they are needed.
-    const int half = (steps + 2 * kResidualAhead - 1) / (2 * kResidualAhead) * kResidualAhead;
-    const auto copy_steps = [&](int begin, int end) {
-        constexpr int kTurns = kResidualWarps / TILES;  // warps that share a tile
-        const int tile = warp % TILES, turn = warp / TILES;
-        if (turn < kTurns) {
-            copy_fragments(fragments + tile * 32, TILES * 32, weight, first, tile, TILES, begin * PARTS + turn,
-                           end * PARTS, kTurns, outputs, channels);
-        }
-        __pipeline_commit();
-    };
-    copy_values(biases, bias + first, outputs - first, TILES * 8);
+    const int column = warp % COLUMNS, row = warp / COLUMNS % ROWS, part = warp / (COLUMNS * ROWS);
+    const unsigned tiles = (outputs + Tile::kOutputs - 1) / Tile::kOutputs;
+    const int first_share = blockIdx.x / tiles, step = gridDim.x / tiles;
+    const int first = blockIdx.x % tiles * Tile::kOutputs, own = first + column * 48;
     if constexpr (WEIGHTS::kPerImage) {
-        weights_of.prefetch(weight, first, TILES * 8, outputs, channels);
-    } else {
-        copy_steps(0, half < steps ? half : steps);
-        copy_steps(half, steps);
+        x += blockIdx.z * pixels * pitch_x;
+        residual += blockIdx.z * pixels * pitch_y;
+        y += blockIdx.z * pixels * pitch_y;
     }
+
+    const bool aligned = channels % 8 == 0;
+    const auto copy_weights = [&](int slice, int slot) {
+        copy_rows<Tile::kOutputs, STEPS, kPitch, Tile::kThreads>(
+            weights + slot * Tile::kOutputHalves, weight + int64_t{first} * channels + slice * Tile::kDepth,
+            outputs - first, channels, channels - slice * Tile::kDepth, aligned, output_at<2>);
+    };
+    const auto copy_pixels = [&](int share, int slice, int stage) {
+        const int64_t begin = int64_t{share} * Tile::kPixels;
+        copy_rows<Tile::kPixels, STEPS, kPitch, Tile::kThreads>(
+            ring + stage * Tile::kPixelHalves, x + begin * pitch_x + slice * Tile::kDepth, pixels - begin, pitch_x,
+            channels - slice * Tile::kDepth, aligned, [](int place) { return place; });
+    };
+    uint32_t biases[kTiles];  // the lane's column of each tile
+    for (int j = 0; j < kTiles; ++j) {
+        const int output = own + output_at<2>(j * 8 + group);
+        biases[j] = output < outputs ? __half_as_ushort(bias[output]) : 0;
+    }
+    for (int slice = 0; slice < (WEIGHTS::kPerImage ? slices : 1); ++slice) copy_weights(slice, slice);
+    if constexpr (WEIGHTS::kPerImage) __pipeline_commit();
     wait_for_previous();
-    Source source = source_of(blockIdx.y);
-    Granule ahead[kResidualAhead];
-    for (int i = 0; i < kResidualAhead; ++i) ahead[i] = load(source, i);
+
+    // Copies the next slice, of the pixels and, the first time or where they do not stay, of the weights.
+    int next_share = first_share, next_slice = 0, next_stage = 0;
+    const auto copy_next = [&] {
+        if (next_share < shares) {
+            copy_pixels(next_share, next_slice, next_stage);
+            if constexpr (!WEIGHTS::kPerImage) {
+                const bool starting = next_share == first_share;
+                if (starting ? next_slice > 0 : slots < slices) {
+                    copy_weights(next_slice, slots < slices ? next_stage : next_slice);
+                }
+            }
+            if (++next_slice == slices) {
+                next_slice = 0;
+                next_share += step;
+            }
+        }
+        __pipeline_commit();
+        next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
+    };
+    for (int i = 0; i < STAGES - 1; ++i) copy_next();
+
+    // The lane's values of residual for the first or the next share, and where they are.  Pixels behind the last one
+    // repeat it and are not stored.
+    uint32_t added[kOwn][2][kTiles];
+    const int first_row = row * 32 + (part == 1 ? 16 : 0) + group, output = own + 4 * pair;
+    const auto load_residual = [&](int share) {
+        if (part >= 2) return;
+        const int64_t begin = int64_t{share} * Tile::kPixels + first_row, last = pixels - 1 - begin;
+        const int rows = last < 32 ? static_cast<int>(last) : 32;
+        const __half* const source = residual + begin * pitch_y;
+        if (outputs % 8 == 0 && own + 48 <= outputs) {
+            for (int n = 0; n < 2 * kOwn; ++n) {
+                const __half* const from = source + int64_t{8 * n < rows ? 8 * n : rows} * pitch_y;
+                for (int j = 0; j < kPairs; ++j) {
+                    const auto words = load_pack<2>(reinterpret_cast<const uint32_t*>(from + output + 16 * j));
+                    added[n / 2][n % 2][2 * j] = words.values[0];
+                    added[n / 2][n % 2][2 * j + 1] = words.values[1];
+                }
+            }
+        } else {  // zeros behind the last output
+            for (int n = 0; n < 2 * kOwn; ++n) {
+                const __half* const from = source + int64_t{8 * n < rows ? 8 * n : rows} * pitch_y;
+                for (int j = 0; j < kTiles; ++j) {
+                    const int there = output + j / 2 * 16 + j % 2 * 2;
+                    added[n / 2][n % 2][j] = there < outputs ? __half_as_ushort(from[there]) : 0;
+                    if (there + 1 < outputs)
+                        added[n / 2][n % 2][j] |= uint32_t{__half_as_ushort(from[there + 1])} << 16;
+                }
+            }
+        }
+    };
+    load_residual(first_share);
     if constexpr (WEIGHTS::kPerImage) {
-        weights_of.template make<TILES, kResidualWarps>(fragments, weight, first, steps * PARTS, outputs, channels);
-        __pipeline_commit();
-        __pipeline_commit();
+        __pipeline_wait_prior(STAGES - 1);
+        __syncthreads();
+        weights_of.template make<Tile::kOutputs, STEPS, Tile::kWarps>(weights, channels);
     }
 
-    for (int share = blockIdx.y; share < shares; share += gridDim.y) {
-        const int64_t pixel = pixel_of(share);
-        float c[TILES][4] = {};
-        if (part == 0) {
-            const __half* rows[] = {residual + (origin + existing(pixel)) * pitch_y,
-                                    residual + (origin + existing(pixel + 8)) * pitch_y};
-            for_each_chunk<TILES>([&](auto tile, auto tiles) {
-                constexpr int kTile = decltype(tile)::value, kOutputs = 2 * decltype(tiles)::value;
-                const int output = first + kTile * 8 + kOutputs * pair;
-                for (int i = 0; i < 2; ++i) {
-                    Pack<__half, kOutputs> values = {};
-                    if (output < pitch_y) values = load_pack<kOutputs>(rows[i] + output);
-                    for (int n = 0; n < kOutputs; ++n) c[kTile + n / 2][2 * i + n % 2] = to_float(values.values[n]);
-                }
-            });
-        }
-        const bool starting = share == static_cast<int>(blockIdx.y);
-        if (starting) {
-            __pipeline_wait_prior(1);
-            __syncthreads();
-        }
-        for (int begin = 0; begin < steps; begin += kResidualAhead) {
-            if (starting && begin == half) {
-                __pipeline_wait_prior(0);
-                __syncthreads();
+    // Of residual, a lane has columns 2·pair and 2·pair + 1 of each tile, as they are in sums: they are multiplied by
+    // an identity.  Infinite ones make what shares their eight columns NaN.
+    const uint32_t identity = group / 2 == pair ? (group % 2 == 0 ? 0x3c00 : 0x3c000000) : 0, one = one_in(0);
+    const int x_place = row * 32 * kPitch + pixel_place(lane, kPitch) + part * 16;
+    const int weights_place = column * 48 * kPitch + output_place(lane, kPitch) + part * 16;
+    const int second = part == 1 ? 0 : 16 * kPitch, first_strip = 16 * kPitch - second;  // the own strip comes first
+    int stage = 0;
+#pragma unroll 1
+    for (int share = first_share; share < shares; share += step) {
+        float c[2][kTiles][4];
+        if (PARTS > 1) {
+            for (auto& strip : c) {
+                for (int n = 0; n < kTiles * 4; ++n) strip[n / 4][n % 4] = 0;
             }
-            // What is loaded here is multiplied after the next steps, or for the next pixels.
-            const bool last = begin + kResidualAhead >= steps;
-            if (last) source = PARTS == 1 ? source_of(share + gridDim.y) : Source{};
-#pragma unroll
-            for (int i = 0; i < kResidualAhead; ++i) {
-                if (begin + i < steps) {
-                    const uint4* weights = fragments + ((begin + i) * PARTS + part) * TILES * 32 + lane;
-#pragma unroll
-                    for (int j = 0; j < TILES; ++j) {
-                        multiply_granule(c[j], ahead[i].upper, ahead[i].lower, weights[j * 32]);
-                    }
+        }
+        if (part < 2) {
+            for (int i = 0; i < kOwn; ++i) {
+                for (int j = 0; j < kTiles; ++j) {
+                    multiply(c[i][j], {added[i][0][j], added[i][1][j], one, one}, identity, biases[j]);
                 }
-                ahead[i] = load(source, last ? i : begin + kResidualAhead + i);
             }
+        }
+        if (PARTS == 1 && share + step < shares) load_residual(share + step);
+#pragma unroll 1
+        for (int slice = 0; slice < slices; ++slice) {
+            __pipeline_wait_prior(STAGES - 2);
+            __syncthreads();  // the slice is there, and nobody reads the one before any more
+            copy_next();
+            const __half* const from = ring + stage * Tile::kPixelHalves + x_place;
+            const __half* const factors =
+                weights + (slots < slices ? stage : slice) * Tile::kOutputHalves + weights_place;
+#pragma unroll
+            for (int s = 0; s < STEPS / PARTS; ++s) {
+                const int channel = s * PARTS * 16;
+                const __half* const strips[] = {from + (PARTS == 1 ? 0 : first_strip) + channel,
+                                                from + (PARTS == 1 ? 16 * kPitch : second) + channel};
+                multiply_step(c, strips, factors + channel, kPitch);
+            }
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
 
-        if constexpr (PARTS > 1) {
-            auto* const sums = reinterpret_cast<float4*>(fragments);
-            const auto sum_of = [&](int p, int j) -> float4& {
-                return sums[((p * ROWS + row) * TILES + j) * 32 + lane];
+        if constexpr (PARTS > 1) {  // parts 0 and 1 take what the others have of their strips
+            const auto sum_of = [&](int strip, int p, int j) -> float4& {
+                constexpr int kWarps = ROWS * COLUMNS;
+                auto* const sums = reinterpret_cast<float4*>(ring);
+                return sums[(((strip * PARTS + p) * kWarps + warp % kWarps) * kTiles + j) * 32 + lane];
             };
-            __syncthreads();  // nobody reads the weights any more
-            if (part > 0) {
-                for (int j = 0; j < TILES; ++j) sum_of(part - 1, j) = {c[j][0], c[j][1], c[j][2], c[j][3]};
-            }
+            const auto leave = [&](int strip, const float (&own_c)[kTiles][4]) {
+                for (int j = 0; j < kTiles; ++j) {
+                    sum_of(strip, part, j) = {own_c[j][0], own_c[j][1], own_c[j][2], own_c[j][3]};
+                }
+            };
+            __syncthreads();  // nobody reads the ring any more
+            if (part >= 2) leave(0, c[0]);
+            leave(part == 1 ? 0 : 1, c[1]);
             __syncthreads();
-            if (part > 0) return;
-            for (int p = 0; p < PARTS - 1; ++p) {
-                for (int j = 0; j < TILES; ++j) {
-                    const float4 sum = sum_of(p, j);
-                    c[j][0] += sum.x;
-                    c[j][1] += sum.y;
-                    c[j][2] += sum.z;
-                    c[j][3] += sum.w;
+            if (part >= 2) return;
+            for (int p = 0; p < PARTS; ++p) {
+                if (p == part) continue;
+                for (int j = 0; j < kTiles; ++j) {
+                    const float4 sum = sum_of(part, p, j);
+                    c[0][j][0] += sum.x;
+                    c[0][j][1] += sum.y;
+                    c[0][j][2] += sum.z;
+                    c[0][j][3] += sum.w;
                 }
             }
         }
-        for_each_chunk<TILES>([&](auto tile, auto tiles) {
-            constexpr int kTile = decltype(tile)::value, kTiles = decltype(tiles)::value, kOutputs = 2 * kTiles;
-            const int column = kTile * 8 + kOutputs * pair;
-            const auto offsets = load_pack<kOutputs>(biases + column);
-            auto& chunk = reinterpret_cast<float (&)[kTiles][4]>(c[kTile]);
-            for (int n = 0; n < kTiles * 4; ++n) chunk[n / 4][n % 4] += to_float(offsets.values[n / 4 * 2 + n % 2]);
-            if (first + column + kOutputs > outputs) clear_from(chunk, outputs - first - column);
-            if (first + column >= pitch_y) return;
-            for (int i = 0; i < 2; ++i) {
-                if (pixel + 8 * i < pixels) {
-                    store_outputs(y + (origin + pixel + 8 * i) * pitch_y + first + column, chunk, i);
+        // The sums of padding are zeros.
+        const int64_t begin = int64_t{share} * Tile::kPixels + first_row;
+        const int rows = pixels - begin < 32 ? static_cast<int>(pixels - begin) : 32;
+        __half* target = y + begin * pitch_y + output;
+        for (int n = 0; n < 2 * kOwn; ++n, target += int64_t{8} * pitch_y) {
+            for (int j = 0; j < kPairs; ++j) {
+                if (8 * n < rows && output + 16 * j < pitch_y) {
+                    store_outputs<2>(target + 16 * j, &c[n / 2][2 * j], n % 2);
                 }
             }
-        });
-        if constexpr (WEIGHTS::kPerImage && PARTS > 1) return;  // its only share: what others need is not kept
+        }
     }
+    __pipeline_wait_prior(0);
 }
 
-// Shared memory that a block takes.
-template <int TILES, int ROWS, int PARTS>
-int64_t residual_bytes(int channels) {
-    const int64_t weights = ceil_div(channels, kGranule * PARTS) * PARTS * TILES * kFragmentBytes;
-    const int64_t sums = int64_t{PARTS - 1} * ROWS * TILES * 32 * sizeof(float4);
-    return TILES * 8 * 2 + (weights > sums ? weights : sums);
+// How many blocks there are, and with how much shared memory.
+struct ResidualPlan {
+    int slots;
+    int64_t bytes, slices;
+};
+
+template <typename TILE, int STEPS, int STAGES>
+ResidualPlan residual_plan(int channels, bool per_image, int shared_bytes) {
+    const int64_t slices = ceil_div(channels, TILE::kDepth), ring = int64_t{STAGES} * TILE::kPixelHalves * 2;
+    const auto bytes = [&](int64_t slots) { return ring + slots * TILE::kOutputHalves * 2; };
+    const bool all = per_image || slices <= STAGES || bytes(slices) <= shared_bytes;
+    const int64_t slots = all ? slices : STAGES;
+    return {static_cast<int>(slots), bytes(slots), slices};
 }
 
 // Launches the kernel if it gives most multiprocessors a block, or if it `must`; it may not fit shared memory.
-template <int TILES, int ROWS, int PARTS, typename WEIGHTS>
+template <int ROWS, int COLUMNS, int PARTS, int STEPS, int STAGES, typename WEIGHTS>
 bool try_residual_kernel(const PointwiseArguments& a, int64_t images, const WEIGHTS& weights, const Gpu& gpu, bool must,
                          cudaStream_t stream, cudaError_t& error) {
-    const int64_t shares = ceil_div(a.pixels, ROWS * 16), slices = ceil_div(a.outputs, TILES * 8);
-    const int64_t steps = ceil_div(a.channels, kGranule * PARTS),
-                  bytes = residual_bytes<TILES, ROWS, PARTS>(a.channels);
-    if (bytes > gpu.shared_bytes || shares > INT32_MAX / 2) return false;
-    if (!must && shares * slices * images * 4 < gpu.multiprocessors * 3) return false;
-    const int64_t most = gpu.multiprocessors > slices * images ? gpu.multiprocessors / (slices * images) : 1;
-    const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(PARTS > 1 || shares < most ? shares : most),
-                    static_cast<unsigned>(images));
-    error = launch_dependent(
-        pointwise_residual_kernel<TILES, ROWS, PARTS, WEIGHTS>, grid, kResidualWarps * 32, static_cast<int>(bytes),
-        stream, static_cast<const __half*>(a.x), static_cast<const __half*>(a.weight),
-        static_cast<const __half*>(a.bias), static_cast<const __half*>(a.residual), static_cast<__half*>(a.y), a.pixels,
-        static_cast<int>(shares), a.channels, a.outputs, a.pitch_x, a.pitch_y, static_cast<int>(steps), weights);
+    using Tile = ResidualTile<ROWS, COLUMNS, PARTS, STEPS, STAGES>;
+    const int64_t shares = ceil_div(a.pixels, Tile::kPixels), tiles = ceil_div(a.outputs, Tile::kOutputs);
+    const auto plan = residual_plan<Tile, STEPS, STAGES>(a.channels, WEIGHTS::kPerImage, gpu.shared_bytes);
+    if (plan.bytes > gpu.shared_bytes || shares > INT32_MAX / 2) return false;
+    if (!must && shares * tiles * images * 4 < gpu.multiprocessors * 3) return false;
+    // Besides, each block takes 1 KB.
+    const int64_t room = (gpu.shared_bytes + 1024) / (plan.bytes + 1024),
+                  blocks = room < Tile::kBlocks ? room : Tile::kBlocks;
+    const int64_t all = gpu.multiprocessors * blocks, most = all > tiles * images ? all / (tiles * images) : 1;
+    const int64_t height = PARTS > 1 || shares < most ? shares : most;
+    if (height * tiles > INT32_MAX) return false;
+    const dim3 grid(static_cast<unsigned>(height * tiles), 1, static_cast<unsigned>(images));
+    error = launch_dependent(pointwise_residual_kernel<ROWS, COLUMNS, PARTS, STEPS, STAGES, WEIGHTS>, grid,
+                             Tile::kThreads, static_cast<int>(plan.bytes), stream, static_cast<const __half*>(a.x),
+                             static_cast<const __half*>(a.weight), static_cast<const __half*>(a.bias),
+                             static_cast<const __half*>(a.residual), static_cast<__half*>(a.y), a.pixels,
+                             static_cast<int>(shares), a.channels, a.outputs, a.pitch_x, a.pitch_y,
+                             static_cast<int>(plan.slices), plan.slots, weights);
     return true;
 }
 
 // Whether launch_residual_kernel can.
 inline bool fits_residual_kernel(int channels, const Gpu& gpu) {
-    return residual_bytes<6, 4, 4>(channels) <= gpu.shared_bytes;
+    return residual_plan<ResidualTile<2, 1, 2, 4, 3>, 4, 3>(channels, true, gpu.shared_bytes).bytes <= gpu.shared_bytes;
 }
 
 // Launches the kernel that suits the sizes, from the most work for a block to the least; false if none has room for
@@ -237,13 +282,25 @@ inline bool fits_residual_kernel(int channels, const Gpu& gpu) {
 template <typename WEIGHTS>
 bool launch_residual_kernel(const PointwiseArguments& a, int64_t images, const WEIGHTS& weights, const Gpu& gpu,
                             cudaStream_t stream, cudaError_t& error) {
-    const bool wide = a.outputs > 48;
-    return (wide && try_residual_kernel<12, 16, 1>(a, images, weights, gpu, false, stream, error)) ||
-           (wide && try_residual_kernel<12, 8, 2>(a, images, weights, gpu, false, stream, error)) ||
-           (wide && try_residual_kernel<12, 4, 4>(a, images, weights, gpu, false, stream, error)) ||
-           try_residual_kernel<6, 16, 1>(a, images, weights, gpu, false, stream, error) ||
-           try_residual_kernel<6, 8, 2>(a, images, weights, gpu, false, stream, error) ||
-           try_residual_kernel<6, 4, 4>(a, images, weights, gpu, true, stream, error);
+    const auto attempt = [&](auto rows, auto columns, auto parts, auto steps, auto stages, bool must = false) {
+        return try_residual_kernel<decltype(rows)::value, decltype(columns)::value, decltype(parts)::value,
+                                   decltype(steps)::value, decltype(stages)::value>(a, images, weights, gpu, must,
+                                                                                    stream, error);
+    };
+    // Slices of the depth that leaves fewer zeros behind the last channel.
+    const bool threes = ceil_div(a.channels, 48) * 48 < ceil_div(a.channels, 64) * 64;
+    if (a.outputs > 48) {
+        if (threes ? attempt(Int<4>{}, Int<2>{}, Int<1>{}, Int<3>{}, Int<6>{})
+                   : attempt(Int<4>{}, Int<2>{}, Int<1>{}, Int<4>{}, Int<6>{})) {
+            return true;
+        }
+        if (attempt(Int<2>{}, Int<2>{}, Int<2>{}, Int<4>{}, Int<6>{})) return true;
+    } else if (threes ? attempt(Int<4>{}, Int<1>{}, Int<1>{}, Int<3>{}, Int<3>{})
+                      : attempt(Int<4>{}, Int<1>{}, Int<1>{}, Int<4>{}, Int<3>{})) {
+        return true;
+    }
+    return attempt(Int<2>{}, Int<1>{}, Int<4>{}, Int<8>{}, Int<5>{}, a.channels > 192) ||
+           attempt(Int<2>{}, Int<1>{}, Int<2>{}, Int<4>{}, Int<3>{}, true);
 }
 
 }  // namespace trt_graft

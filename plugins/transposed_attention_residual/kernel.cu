@@ -7,8 +7,8 @@
 //
 // What the heads make of v never goes to memory.  There are three kernels: gram and softmax, see
 // transposed_attention/gram.cuh, and the convolution on v, see pointwise_conv_residual/tensor_core.cuh.  Its blocks
-// keep their weights in shared memory for all of their pixels anyway.  Here each one makes them, on tensor cores,
-// instead of copying them: a slice of `folded` costs less than another kernel would.
+// keep their weights in shared memory for all of their pixels anyway.  Here each one multiplies them there, on tensor
+// cores, once it has copied them: a tile of `folded` costs less than another kernel would.
 //
 // FP32, and heads that are not whole packs of 16 bytes, leave `folded` in memory and multiply on the ordinary units.
 #include "pointwise_conv_residual/tensor_core.cuh"
@@ -30,80 +30,83 @@ struct Columns {
 
 // weight · attention, per image.
 //
-// A warp makes the fragments of a granule of two tiles: as the product of 16 outputs, the two tiles' columns, and 32
-// channels, four columns of eight.  These stand in such an order that the sums which the product leaves in a lane are
-// what this lane's fragments consist of.
+// A warp multiplies the weights of 16 outputs, where they are in shared memory, by a head's attention and leaves there
+// what it gets.  The product of 16 rows of attention takes them in such an order that a lane has four neighbours.
 struct FoldedWeights {
     static constexpr bool kPerImage = true;
-    static constexpr int kDepth = 3;  // times 16 rows of attention, whose loads are on their way at once
-    const __half* attention;          // (images, heads, column, row)
-    int head_channels, width;         // of the `width` columns and rows, those that exist
+    const __half* attention;   // (images, heads, column, row)
+    int head_channels, width;  // of the `width` columns and rows, those that exist
 
-    // Brings `weight` of a slice, `rows` neighbouring rows, to L2: what can be done before `attention` is there.
-    __device__ void prefetch(const __half* weight, int first, int rows, int outputs, int channels) const {
-        if (blockIdx.y + blockIdx.z > 0) return;  // one block does it for all of its slice
-        const auto* const begin = weight + first * channels;
-        const int count = min(rows, outputs - first) * channels;
-        for (int i = threadIdx.x * 64; i < count; i += blockDim.x * 64) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(begin + i));
-        }
-    }
-
-    template <int TILES, int WARPS>
-    __device__ void make(uint4* fragments, const __half* __restrict__ weight, int first, int granules, int outputs,
-                         int channels) const {
-        static_assert(TILES % 2 == 0);
-        const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-        const __half* const heads = attention + int64_t{blockIdx.z} * (channels / head_channels) * width * width;
-#pragma unroll 1
-        for (int task = threadIdx.x / 32; task < granules * (TILES / 2); task += WARPS) {
-            const int tile = task % (TILES / 2) * 2, begin = task / (TILES / 2) * kGranule;
-            const int end = begin + kGranule < channels ? begin + kGranule : channels;
-            // The lane's column of either tile, see copy_fragments.
-            const int chunk = tile / kChunkTiles * kChunkTiles;
-            const int tiles = TILES - chunk < kChunkTiles ? TILES - chunk : kChunkTiles;  // of the chunk
-            const int upper = first + chunk * 8 + group / 2 * 2 * tiles + (tile - chunk) * 2 + group % 2;
-            const int lower = upper + 2;
-            float c[4][4] = {};
-#pragma unroll 1
-            for (int head = begin / head_channels; head * head_channels < end; ++head) {
-                const int origin = head * head_channels;
-                const int column = begin + group / 2 * 8 + group % 2 - origin;  // the lane's first one of the head
-#pragma unroll 1
-                for (int deep = 0; deep < head_channels; deep += kDepth * 16) {
-                    uint2 a[kDepth][2], b[kDepth][4];  // four rows of each column
-#pragma unroll
-                    for (int i = 0; i < kDepth; ++i) {
-                        const int row = deep + i * 16 + 4 * pair;
-                        const bool exists = row < head_channels;
-                        a[i][0] = load(weight, upper * channels + origin + row, exists && upper < outputs);
-                        a[i][1] = load(weight, lower * channels + origin + row, exists && lower < outputs);
-                        for (int n = 0; n < 4; ++n) {
-                            const int of_head = column + 2 * n;
-                            b[i][n] = load(heads, (head * width + of_head) * width + row,
-                                           exists && of_head >= 0 && of_head < head_channels);
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < kDepth; ++i) {
-                        for (int n = 0; n < 4; ++n) {
-                            multiply_add(c[n], {a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y}, b[i][n].x, b[i][n].y);
-                        }
-                    }
-                }
-            }
-            uint4* const target = fragments + (begin / kGranule * TILES + tile) * 32 + lane;
-            for (int i = 0; i < 2; ++i) {
-                uint32_t words[4];
-                for (int n = 0; n < 4; ++n) words[n] = as_word(__floats2half2_rn(c[n][2 * i], c[n][2 * i + 1]));
-                target[i * 32] = {words[0], words[1], words[2], words[3]};
-            }
+    template <int OUTPUTS, int STEPS, int WARPS>
+    __device__ void make(__half* weights, int channels) const {
+        if (width == 48) {
+            fold<OUTPUTS, STEPS, WARPS, 48>(weights, channels);
+        } else if (width == 96) {
+            fold<OUTPUTS, STEPS, WARPS, 96>(weights, channels);
+        } else {
+            fold<OUTPUTS, STEPS, WARPS, kMaxChannels>(weights, channels);
         }
     }
 
   private:
-    static __device__ uint2 load(const __half* from, int offset, bool exists) {
-        return exists ? __ldg(reinterpret_cast<const uint2*>(from + offset)) : uint2{};
+    template <int OUTPUTS, int STEPS, int WARPS, int WIDTH>
+    __device__ void fold(__half* weights, int channels) const {
+        // Of attention, 16 · kDepth rows and 8 · kTiles columns are on their way at once.
+        constexpr int kDepth = WIDTH == 48 ? 3 : 2, kRounds = WIDTH / 16 / kDepth, kTiles = 6;
+        const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4, heads = channels / head_channels;
+        const auto at = [&](int output, int channel) {
+            constexpr int kSlice = STEPS * 16;
+            return weights + (channel / kSlice * OUTPUTS + output) * kRowPitch<STEPS> + channel % kSlice;
+        };
+#pragma unroll 1
+        for (int task = threadIdx.x / 32; task < heads * (OUTPUTS / 16); task += WARPS) {
+            const int head = task % heads, output = task / heads * 16 + group, origin = head * head_channels;
+            const __half* const columns = attention + (int64_t{blockIdx.z} * heads + head) * WIDTH * WIDTH;
+            uint2 a[kRounds * kDepth][2];
+#pragma unroll
+            for (int k = 0; k < kRounds * kDepth; ++k) {
+                const int row = k * 16 + 4 * pair;
+                for (int i = 0; i < 2; ++i) {
+                    a[k][i] =
+                        row < head_channels ? *reinterpret_cast<uint2*>(at(output + 8 * i, origin + row)) : uint2{};
+                }
+            }
+            __syncwarp();
+#pragma unroll 1
+            for (int begin = 0; begin < head_channels; begin += kTiles * 8) {
+                float c[kTiles][4] = {};
+#pragma unroll
+                for (int round = 0; round < kRounds; ++round) {
+                    if (round * kDepth * 16 >= head_channels) break;
+                    uint2 b[kDepth][kTiles];
+#pragma unroll
+                    for (int i = 0; i < kDepth; ++i) {
+                        const int row = (round * kDepth + i) * 16 + 4 * pair;
+                        for (int n = 0; n < kTiles; ++n) {
+                            const int column = begin + 8 * n + group;
+                            b[i][n] = row < head_channels && column < head_channels
+                                          ? __ldg(reinterpret_cast<const uint2*>(columns + column * WIDTH + row))
+                                          : uint2{};
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < kDepth; ++i) {
+                        const auto& words = a[round * kDepth + i];
+                        for (int n = 0; n < kTiles; ++n) {
+                            multiply_add(c[n], {words[0].x, words[1].x, words[0].y, words[1].y}, b[i][n].x, b[i][n].y);
+                        }
+                    }
+                }
+                for (int n = 0; n < kTiles; ++n) {
+                    const int column = begin + 8 * n + 2 * pair;
+                    if (column >= head_channels) continue;
+                    for (int i = 0; i < 2; ++i) {
+                        *reinterpret_cast<__half2*>(at(output + 8 * i, origin + column)) =
+                            __floats2half2_rn(c[n][2 * i], c[n][2 * i + 1]);
+                    }
+                }
+            }
+        }
     }
 };
 

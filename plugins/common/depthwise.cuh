@@ -10,8 +10,20 @@
 // Packs are of 8 bytes, or of 4 where two convolutions meet: the weights of more channels would leave too few registers
 // for W = 4 columns, and these save more than wider loads do.  Images in shared memory would save the addresses, at the
 // cost of filling it.
+//
+// In FP16, where channels come in packs of 8, instructions take two channels at once, see depthwise_half_kernel.  Sums
+// are FP16, too: z = (row 0 + row 1) + (row 2 + bias), where rows, of three products, are small and lose little.  The
+// error of z, for x and bias of N(0, 1) and weights a third of that (root mean square, and largest of two million):
+//
+//   5.3e-4, 6.0e-3   so
+//   7.8e-4, 9.5e-3   product by product
+//   4.2e-4, 4.8e-3   rows added in FP32, then rounded: three conversions for each z, and twice the registers for sums
+//   2.9e-4, 2.5e-3   all in FP32, then rounded
+//
+// Where a part of z is beyond 65504, z is infinite or NaN, even if its other parts would bring it back.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/kernel.cuh"
@@ -169,11 +181,212 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks)
     }
 }
 
-// `combine` makes one float of PARTS.
+// `from` + count · bytes.  The compiler would take an expression apart, to share what addresses have in common, and
+// need more instructions, and registers that there are not.
+template <typename T>
+__device__ T* advanced(T* from, int count, int bytes) {
+    T* to;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(bytes), "r"(count), "l"(from));
+    return to;
+}
+
+// It no longer knows that this is global memory, either.
+__device__ inline void store_word(__half* to, const uint2& word) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(word.x), "r"(word.y) : "memory");
+}
+
+__device__ inline void store_word(__half* to, const uint4& word) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z),
+                 "r"(word.w)
+                 : "memory");
+}
+
+// Eight FP16 values: N channels of each of PARTS parts of a pixel.
+template <int PARTS>
+struct HalfPixel {
+    static constexpr int N = 8 / PARTS, PAIRS = N / 2;
+    using Word = std::conditional_t<PARTS == 1, uint4, uint2>;
+    Word words[PARTS];
+
+    __device__ __half2& operator()(int part, int pair) { return reinterpret_cast<__half2*>(&words[part])[pair]; }
+    __device__ __half2 operator()(int part, int pair) const {
+        return reinterpret_cast<const __half2*>(&words[part])[pair];
+    }
+
+    // From a pixel whose parts are `bytes` apart.
+    __device__ void load(const __half* from, int bytes) {
+        words[0] = __ldg(reinterpret_cast<const Word*>(from));
+        if constexpr (PARTS == 2) words[1] = __ldg(reinterpret_cast<const Word*>(advanced(from, 1, bytes)));
+    }
+};
+
+// op(pixels…), pair by pair.
+template <int PARTS, typename Op, typename... Others>
+__device__ HalfPixel<PARTS> map(Op op, const HalfPixel<PARTS>& first, const Others&... others) {
+    HalfPixel<PARTS> result;
+    for (int p = 0; p < PARTS; ++p) {
+        for (int n = 0; n < result.PAIRS; ++n) result(p, n) = op(first(p, n), others(p, n)...);
+    }
+    return result;
+}
+
+template <int PARTS>
+__device__ HalfPixel<PARTS> operator+(const HalfPixel<PARTS>& a, const HalfPixel<PARTS>& b) {
+    return map([](__half2 a, __half2 b) { return __hadd2(a, b); }, a, b);
+}
+
+// Three products of neighbours in a row.
+template <int PARTS>
+__device__ HalfPixel<PARTS> dot(const HalfPixel<PARTS>* weights, const HalfPixel<PARTS>* x) {
+    const auto fma = [](__half2 a, __half2 b, __half2 c) { return __hfma2(a, b, c); };
+    const auto sum = map([](__half2 a, __half2 b) { return __hmul2(a, b); }, weights[0], x[0]);
+    return map(fma, weights[2], x[2], map(fma, weights[1], x[1], sum));
+}
+
+// depthwise_kernel for FP16, channels that are a multiple of 8, and at least W columns.
+//
+// A thread has one row of x in registers.  As soon as no column needs a pixel any more, it loads the same pixel of the
+// next row into the same registers: what `combine` does meanwhile, and the other warps, hide the latency.
+template <int PARTS, typename Combine>
+__global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks)
+    depthwise_half_kernel(const __half* __restrict__ x, const __half* __restrict__ weight,
+                          const __half* __restrict__ bias, __half* __restrict__ y, int channels, int height, int width,
+                          int slabs, int rows, Combine combine) {
+    using Pixel = HalfPixel<PARTS>;
+    constexpr int W = kDepthwiseColumns, N = Pixel::N;
+    __shared__ alignas(16) __half shared[10][kDepthwiseThreads];  // nine weights and the bias of the block's channels
+
+    const int lanes = blockDim.x, span = lanes * N;  // channels that a block takes of each part
+    const int across = blockIdx.x / slabs, slab = (blockIdx.x - across * slabs) * span;
+    const int channel = slab + threadIdx.x * N, group = across * blockDim.y + threadIdx.y;
+    const int first = blockIdx.y * rows, end = min(first + rows, height);
+    const int pitch = channels * PARTS, channel_bytes = 2 * channels, pitch_bytes = 2 * pitch;
+
+    // Each thread fetches the weights of one of the block's 8 · lanes channels.  They arrive with its first rows of x.
+    const int fetched = threadIdx.y * lanes + threadIdx.x;
+    const int part = PARTS == 2 && fetched >= span, of_part = slab + fetched - part * span;
+    const bool fetches = fetched < PARTS * span && of_part < channels;
+    __half values[10];
+    if (fetches) {
+        const int number = part * channels + of_part;
+        for (int k = 0; k < 9; ++k) values[k] = weight[int64_t{number} * 9 + k];
+        values[9] = bias[number];
+    }
+
+    const bool active = channel < channels && group * W < width;
+    const int column = min(group * W, width - W);  // the last ones compute columns of their neighbours, too
+    const bool left = column > 0, right = column + W < width;
+    const int64_t pixel = (int64_t{blockIdx.z} * height + first) * width + column;
+    const __half* next = x + (pixel - width) * pitch + channel;
+    const auto load = [&](Pixel& to, int j) { to.load(advanced(next, j - 1, pitch_bytes), channel_bytes); };
+    const auto load_row = [&](Pixel(&to)[W + 2], bool exists) {
+        if (exists) {
+            to[0] = to[W + 1] = {};
+            if (left) load(to[0], 0);
+            for (int j = 1; j <= W; ++j) load(to[j], j);
+            if (right) load(to[W + 1], W + 1);
+        } else {
+            for (int j = 0; j < W + 2; ++j) to[j] = {};
+        }
+        next = advanced(next, width, pitch_bytes);
+    };
+    Pixel above[W + 2], here[W + 2], below[W + 2];
+    load_row(above, active && first > 0);
+    load_row(here, active);
+    load_row(below, active && first + 1 < height);
+    if (fetches) {
+        for (int k = 0; k < 10; ++k) shared[k][fetched] = values[k];
+    }
+    __syncthreads();
+    if (!active) return;
+
+    Pixel weights[10];
+    for (int k = 0; k < 10; ++k) {
+        for (int p = 0; p < PARTS; ++p) {
+            const __half* const values = &shared[k][threadIdx.x * N + p * span];
+            weights[k].words[p] = *reinterpret_cast<const typename Pixel::Word*>(values);
+        }
+    }
+    Pixel sums[W], following[W];  // rows 0 and 1 of this row's z, row 0 of the next one's
+    for (int j = 0; j < W; ++j) {
+        sums[j] = dot(weights, above + j) + dot(weights + 3, here + j);
+        following[j] = dot(weights, here + j);
+    }
+    __half* target = y + pixel * channels + channel;
+    const int missing = end == height ? 1 : 0;  // rows below the strip that the image does not have
+#pragma unroll 1
+    for (int rest = end - first - 1; rest >= 0; --rest) {  // rows of the strip after this one
+        if (rest < missing) {
+            asm volatile("");  // a branch, rather than selects in every row
+            for (int j = 0; j < W + 2; ++j) below[j] = {};
+        }
+        const bool more = rest > missing;
+        for (int j = 0; j < W; ++j) {
+            const Pixel done = sums[j] + (dot(weights + 6, below + j) + weights[9]);
+            sums[j] = following[j] + dot(weights + 3, below + j);
+            following[j] = dot(weights, below + j);
+            // columns beyond the image keep their zeros
+            if (more && (j > 0 || left)) load(below[j], j);
+            if (j == W - 1) {
+                if (more) load(below[W], W);
+                if (more && right) load(below[W + 1], W + 1);
+            }
+            typename Pixel::Word result;
+            for (int n = 0; n < Pixel::PAIRS; ++n) {
+                __half2 z[PARTS];
+                for (int p = 0; p < PARTS; ++p) z[p] = done(p, n);
+                reinterpret_cast<__half2*>(&result)[n] = combine(z);
+            }
+            store_word(advanced(target, j, channel_bytes), result);
+        }
+        next = advanced(next, width, pitch_bytes);
+        target = advanced(target, width, channel_bytes);
+    }
+}
+
+// Blocks of (packs, groups) threads of depthwise_half_kernel, in a grid as above.
+struct DepthwiseHalfGrid {
+    dim3 blocks, threads;
+    int slabs, rows;
+
+    DepthwiseHalfGrid(int64_t batch, int64_t packs, int64_t groups, int64_t height) {
+        // the block that covers a row with the fewest warps, the widest one of several
+        int64_t lanes = 0, down = 0, fewest = INT64_MAX;
+        for (int64_t n = kDepthwiseLanes; n > 0; --n) {
+            for (int64_t m = kDepthwiseGroups; n * m <= kDepthwiseThreads; m *= 2) {
+                const int64_t warps = ceil_div(packs, n) * ceil_div(groups, m) * ceil_div(n * m, 32);
+                if (warps < fewest) fewest = warps, lanes = n, down = m;
+            }
+        }
+        slabs = ceil_div(packs, lanes);
+        const int64_t across = slabs * ceil_div(groups, down);
+        // the shortest time of a multiprocessor: what its threads do, each its rows and about two more, around them;
+        // with fewer than 12 warps it waits
+        const auto time = [&](int64_t n) {
+            const int64_t share = ceil_div(batch * across * ceil_div(height, n), kDepthwiseMultiprocessors);
+            return std::max<int64_t>(share * lanes * down, 12 * 32) * (n + 2);
+        };
+        rows = kDepthwiseRows;
+        for (int n = rows - 1; n > 0; --n) {
+            if (time(n) < time(rows)) rows = n;
+        }
+        blocks = dim3(across, ceil_div(height, rows), batch);
+        threads = dim3(lanes, down);
+    }
+};
+
+// `combine` makes one float of PARTS, or two halves of PARTS pairs.
 template <int PARTS, typename Combine>
 cudaError_t launch_depthwise(DataType type, const void* x, const void* weight, const void* bias, void* y, int64_t batch,
                              int64_t height, int64_t width, int64_t channels, Combine combine, cudaStream_t stream) {
     if (batch * height * width * channels == 0) return cudaSuccess;
+    if (type == DataType::kHalf && channels % 8 == 0 && width >= kDepthwiseColumns) {
+        const DepthwiseHalfGrid grid(batch, channels / HalfPixel<PARTS>::N, ceil_div(width, kDepthwiseColumns), height);
+        depthwise_half_kernel<PARTS, Combine><<<grid.blocks, grid.threads, 0, stream>>>(
+            static_cast<const __half*>(x), static_cast<const __half*>(weight), static_cast<const __half*>(bias),
+            static_cast<__half*>(y), channels, height, width, grid.slabs, grid.rows, combine);
+        return cudaGetLastError();
+    }
     return dispatch(type, [&](auto tag) {
         using T = decltype(tag);
         constexpr int N = 8 / sizeof(T) / PARTS, W = kDepthwiseColumns;

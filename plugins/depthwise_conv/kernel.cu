@@ -7,6 +7,7 @@ namespace {
 
 struct Sum {
     __device__ float operator()(const float (&z)[1]) const { return z[0]; }
+    __device__ __half2 operator()(const __half2 (&z)[1]) const { return z[0]; }
 };
 
 }  // namespace

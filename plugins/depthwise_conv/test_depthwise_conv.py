@@ -120,9 +120,22 @@ def test_kernel_is_the_reference(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 8, 1, 4), (1, 16, 7, 5), (3, 48, 37, 70), (1, 136, 70, 9), (2, 24, 2, 135)],
+)
+def test_kernel_that_sums_in_fp16(shape):
+    """Packs of 8 channels; where few values are tried, the largest of them may be one that is rounded worst."""
+    inputs = random_on_gpu(shape, torch.float16)
+    expected = expected_in_fp64(*inputs)
+    torch.testing.assert_close(launched(*inputs), expected, rtol=0, atol=4e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [12, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_on_zero_constant_and_large_values(dtype):
-    x, weight, bias = random_on_gpu((1, 12, 14, 20), dtype)
+def test_kernel_on_zero_constant_and_large_values(dtype, channels):
+    x, weight, bias = random_on_gpu((1, channels, 14, 20), dtype)
     for case in (torch.zeros_like(x), torch.full_like(x, 7), 3000 * x):
         kernels.assert_close(launched(case, weight, bias), expected_in_fp64(case, weight, bias))
 

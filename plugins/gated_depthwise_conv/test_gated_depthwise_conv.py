@@ -112,13 +112,53 @@ def test_kernel_is_the_reference(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 16, 1, 4), (1, 32, 7, 5), (3, 96, 37, 70), (1, 272, 70, 9), (2, 48, 2, 135)],
+)
+def test_kernel_that_sums_in_fp16(shape):
+    """Packs of 8 channels; where few values are tried, the largest of them may be one that is rounded worst."""
+    inputs = random_on_gpu(shape, torch.float16)
+    expected = expected_in_fp64(*inputs)
+    torch.testing.assert_close(launched(*inputs), expected, rtol=0, atol=4e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [4, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_on_zero_constant_and_large_values(dtype):
-    x, weight, bias = random_on_gpu((1, 8, 14, 20), dtype)
+def test_kernel_on_zero_constant_and_large_values(dtype, channels):
+    x, weight, bias = random_on_gpu((1, 2 * channels, 14, 20), dtype)
     # large gates are passed or stopped entirely; the product stays within FP16
-    large = torch.cat([1000 * x[:, :4], x[:, 4:]], dim=1)
+    large = torch.cat([1000 * x[:, :channels], x[:, channels:]], dim=1)
     for case in (torch.zeros_like(x), torch.full_like(x, 7), large):
         kernels.assert_close(launched(case, weight, bias), expected_in_fp64(case, weight, bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("gate", [-65504, -100, -10, -6, -3, -0.5, 0, 1e-6, 0.5, 3, 6, 10, 100, 65504])
+def test_kernel_on_every_part_of_gelu(gate, dtype):
+    x = torch.ones((1, 32, 6, 9), dtype=dtype, device="cuda")
+    x[:, :16] = gate
+    weight = torch.zeros((32, 1, 3, 3), dtype=dtype, device="cuda")
+    weight[:, :, 1, 1] = 1
+    inputs = x, weight, torch.zeros(32, dtype=dtype, device="cuda")
+    kernels.assert_close(launched(*inputs), expected_in_fp64(*inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_kernel_reads_no_other_row_or_image(rows):
+    """NaN in one of three images stays there, and infinity within a pixel of where it is."""
+    x, weight, bias = random_on_gpu((3, 32, rows, 12), torch.float16)
+    x[1] = torch.nan
+    x[2, :, rows // 2, 5] = torch.inf
+    y = launched(x, weight, bias)
+    kernels.assert_close(y[:1], expected_in_fp64(x[:1], weight, bias))
+    assert y[1].isnan().all()
+    near = torch.zeros_like(y[2], dtype=torch.bool)
+    near[:, max(rows // 2 - 1, 0) : rows // 2 + 2, 4:7] = True
+    assert y[2][~near].isfinite().all()
 
 
 @pytest.mark.gpu

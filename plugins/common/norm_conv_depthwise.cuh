@@ -8,10 +8,11 @@
 //   product    on tensor cores, z = weight · x, a row for each output: a lane gets neighbouring pixels of it, which go
 //              to shared memory as FP16, a plane for each output.  Zeros outside of the image.
 //   depthwise  on tensor cores, too.  Along a row, an output's convolution is a product by a matrix that has the
-//              weights along its diagonal:  y[x] = Σ z[k] · w[k − x], 8 columns from 10.  Rows of 8 columns in shared
-//              memory are rows of the first factor, so that a cell of 8 × 8 pixels is half of a fragment; three
-//              products, one for each row of the weights, make two cells.  This multiplies by many zeros.  But FP32
-//              units would take 9 instructions where tensor cores take 1, and these are idle otherwise.
+//              weights along its diagonal:  y[x] = Σ z[k] · w[k − x], 8 columns from 10.  A fragment of the first
+//              factor has 8 columns, a block, from each of 16 places of a plane: all blocks of a row, and rows as far
+//              apart as the fragment below it is one row down in each place.  So a fragment serves all three rows of
+//              weights. This multiplies by many zeros.  But FP32 units would take 9 instructions where tensor cores
+//              take 1, and these are idle otherwise.
 //
 // Both happen at once, to two chunks that follow each other, with one barrier per chunk; half of the warps begin with
 // the one, half with the other.  The caller's epilogue takes the sums from registers.
@@ -40,6 +41,59 @@ struct NormConvDepthwiseArguments {
 // The least odd number that is not below n.
 constexpr int odd(int n) { return n | 1; }
 
+// Stores four 8×8 matrices, as load_matrices loads them.
+__device__ inline void store_matrices(__half* row, const uint32_t (&words)[4]) {
+#if __CUDA_ARCH__ >= 900
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+#else  // each lane asks those that have the rows' addresses
+    const auto address = reinterpret_cast<uintptr_t>(row);
+    for (int i = 0; i < 4; ++i) {
+        const int lane = threadIdx.x % 32, from = i * 8 + lane / 4;
+        const uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(address), from, 32);
+        const uint32_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(address >> 32), from, 32);
+        reinterpret_cast<uint32_t*>(uint64_t{high} << 32 | low)[lane % 4] = words[i];
+    }
+#endif
+}
+
+// Starts to copy 4 bytes to shared memory, or zeros; as copy_or_clear.
+__device__ inline void copy_or_clear_word(__half* target, const __half* source, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :
+                 : "r"(address), "l"(source), "r"(exists ? 4 : 0)
+                 : "memory");
+#else
+    *reinterpret_cast<uint32_t*>(target) = exists ? *reinterpret_cast<const uint32_t*>(source) : 0;
+#endif
+}
+
+// d = c + a · b: what many products begin with stays where it is.
+__device__ inline void multiply_onto(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                     uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+    multiply_add(d, a, b0, b1);
+#endif
+}
+
+// c += a · b, 8 columns by 8 rows: {rows group, group + 8} × columns {2·pair, 2·pair + 1} of a.
+__device__ inline void multiply_add_half(float (&c)[4], const uint2& a, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(b));
+}
+
 // A block of WARPS warps and its tile of ROWS × COLUMNS pixels.  A warp multiplies STRIPS · 8 of the halo's pixels,
 // those of the tile and around it, of up to STEPS · 16 channels.
 //
@@ -54,10 +108,10 @@ constexpr int odd(int n) { return n | 1; }
 // units(chunk, unit): the first of the 8 outputs, a multiple of 8, that are rows 8·unit … 8·unit + 7 of a chunk, or
 // kNoUnit.
 //
-// epilogue.take(chunk, task, row, column, convolve): a warp's share of a chunk, any kTaskRows of its rows; these are
-// told apart by task = 0 … kTasks − 1.  convolve(n, sums) gives row n of the chunk, with its bias, at four pixels of
-// the tile: (row, column), (row, column + 1), (row, column + 8), (row, column + 9).  They may lie behind the image's
-// end.  All lanes of the warp must call it.
+// epilogue.take(chunk, task, part, convolve): a warp's share of a chunk, any kTaskRows of its rows, of one of kParts
+// parts of the tile; the rows are told apart by task = 0 … kTasks − 1.  convolve(n, sums) gives row n of the chunk,
+// with its bias, at 4 · kLines pixels: sums[line][number] is the one that pixel_of(part, line, number, lane) finds.
+// They may lie behind the image's end.  All lanes of the warp must call it.
 //
 // epilogue.finish(chunk): all warps have taken the chunk, and begin to take the chunk behind the next one only when all
 // have finished this one.  So what is handed over through shared memory needs two buffers: chunk % 2.
@@ -66,30 +120,50 @@ class NormConvDepthwise {
   public:
     static constexpr int kThreads = WARPS * 32;
     static constexpr int kPixels = ROWS * COLUMNS;
-    static constexpr int kCellPairs = kPixels / 128;   // 8 × 16 pixels: what a warp convolves
-    static constexpr int kTasks = WARPS / kCellPairs;  // of a chunk, for each pair of cells
-    static constexpr int kTaskRows = kConvolvedChunk / kTasks;
+    static constexpr int kTaskRows = 4;
+    static constexpr int kTasks = kConvolvedChunk / kTaskRows;
+    static constexpr int kParts = WARPS / kTasks;
+    static constexpr int kLines = kPixels / (kParts * 128);  // of each of a fragment's 16 blocks
+
+    struct Pixel {  // of the tile
+        int row, column;
+    };
+    // The tile's pixels in the order in which warps have them: kParts × kLines × 4 × 32.
+    static __device__ Pixel pixel_of(int part, int line, int number, int lane) {
+        const int group = lane / 4;
+        return {part * kPartRows + group / kBlocks * kBlocks + number / 2 * kHalfRows + line,
+                group % kBlocks * 8 + lane % 4 * 2 + number % 2};
+    }
 
   private:
     static constexpr int kGranules = STEPS / 2;  // whole ones; half a granule may follow
     static constexpr bool kHalf = STEPS % 2 == 1;
-    static constexpr int kHaloColumns = COLUMNS + 2, kHaloPixels = (ROWS + 2) * kHaloColumns;
+    static constexpr int kBlocks = COLUMNS / 8;  // of a row
+    // Rows of a part, and how far a fragment's rows 8 … 15 are below the others.  Among those, blocks of the same
+    // columns are kBlocks rows apart, with which each lies in other banks.
+    static constexpr int kPartRows = ROWS / kParts, kHalfRows = kLines == kBlocks ? 8 : kLines;
+    static_assert(WARPS % kTasks == 0 && (kLines == kBlocks || 2 * kLines == kBlocks) &&
+                  kPartRows == 16 / kBlocks * kLines);
+    // A strip of the product is a block, or, behind the last one, has the two last columns of four of the halo's rows.
+    static constexpr int kHaloRows = ROWS + 2, kAligned = kHaloRows * kBlocks;
+    static constexpr int kStripRows = WARPS / kBlocks;  // from a warp's strip to the next one
+    static constexpr int kWhole = kAligned / WARPS;     // strips of each warp that are blocks
+    static_assert(WARPS * STRIPS >= kAligned + (kHaloRows + 3) / 4, "each pixel needs a lane");
+    static_assert(WARPS % kBlocks == 0 && kWhole % 2 == 0 && 16 % WARPS % 8 == 0);
     // Of a plane: rows end with columns whose weights are zeros.  Rows, and planes, are an odd number of packs of 16
     // bytes apart: what a warp loads or stores at once lies in different banks.
-    static constexpr int kStride = odd(COLUMNS / 8 + 1) * 8;
-    static constexpr int kPlane = odd((ROWS + 2) * kStride / 8) * 8;
+    static constexpr int kStride = odd(kBlocks + 1) * 8;
+    static constexpr int kPlane = odd(kHaloRows * kStride / 8) * 8;
+    static_assert(kBlocks * kStride / 8 % 8 == (kBlocks == 2 ? 6 : 4), "other banks");
     // Bytes of one of two buffers.
     static constexpr int kWeightRow = (2 * STEPS + 1) * 8;  // an odd number of packs, too
     static constexpr int kWeightBytes = kConvolvedChunk * kWeightRow * 2;
     static constexpr int kRawUnit = 11 * 8;  // 8 · 9 depthwise weights, 8 biases, 8 depthwise biases
     static constexpr int kRawBytes = kUnits * kRawUnit * 2;
     static constexpr int kDiagonals = 5;  // the words that the matrix of weights consists of, see diagonal_
-    static constexpr int kDiagonalBytes = kConvolvedChunk * kDiagonals * 16;
+    static constexpr int kDiagonalBytes = kConvolvedChunk * (kDiagonals + 1) * 16;
     static constexpr int kPlaneBytes = kConvolvedChunk * kPlane * 2;
-    static constexpr int kNormBytes = 2 * STEPS * 16 * 2;
-
-    static_assert(WARPS * STRIPS * 8 >= kHaloPixels, "each pixel needs a lane");
-    static_assert(ROWS % 8 == 0 && COLUMNS % 16 == 0 && WARPS % kCellPairs == 0 && kConvolvedChunk % kTasks == 0);
+    static constexpr int kNormBytes = 2 * STEPS * 16 * 4;
 
   public:
     // Of shared memory, from a boundary of 16 bytes on.
@@ -97,18 +171,16 @@ class NormConvDepthwise {
 
     __device__ NormConvDepthwise(void* shared, const NormConvDepthwiseArguments& arguments)
         : a_(arguments),
-          pitch_((a_.channels + 7) / 8 * 8),
           weights_(static_cast<char*>(shared)),
           raw_(weights_ + 2 * kWeightBytes),
           diagonals_(raw_ + 2 * kRawBytes),
           planes_(diagonals_ + 2 * kDiagonalBytes),
-          norm_(reinterpret_cast<__half*>(planes_ + 2 * kPlaneBytes)) {
+          norm_(reinterpret_cast<float*>(planes_ + 2 * kPlaneBytes)) {
 #pragma unroll
-        for (int j = 0; j < STRIPS; ++j) {
-            const int pixel = halo_pixel(j) + 2 * pair();
-            const int place =
-                pixel < kHaloPixels ? pixel / kHaloColumns * kStride + pixel % kHaloColumns : kHaloColumns;
-            target_[j] = (group() * kPlane + place) * 2;
+        for (int j = kWhole; j < STRIPS; ++j) {
+            const Pixel pixel = halo_pixel(j, 2 * pair());
+            const int place = pixel.row < kHaloRows ? pixel.row * kStride + pixel.column : COLUMNS + 2;
+            targets_[j - kWhole] = group() * kPlane + place;
         }
         // Row k, column x of the matrix is w[k − x]; the lane has column `group` of rows 2·pair, 2·pair + 1, and of
         // these plus 8.  At most one of both is not zero: one of the words (0, w[0]), (w[0], w[1]), (w[1], w[2]),
@@ -117,6 +189,21 @@ class NormConvDepthwise {
         upper_mask_ = distance >= -1 ? ~0u : 0;
         const int diagonal = distance >= -1 ? distance : distance + 8;
         diagonal_ = diagonal >= -1 && diagonal <= 2 ? diagonal + 2 : 0;
+        // Matrices: 8 rows of weights, the next 8, both with the next 8 channels.
+        row_ = (lane() % 16 * kWeightRow + lane() / 16 * 8) * 2;
+        // Of two strips that are blocks: outputs 0 … 7, and 8 … 15, of the first one, then of the second.
+        strips_ =
+            (lane() % 16 * kPlane + (warp() / kBlocks + lane() / 16 * kStripRows) * kStride + warp() % kBlocks * 8) * 2;
+        // A block for each row of the fragment, and the next one of its columns.
+        const int block = lane() % 8;
+        const int row = warp() % kParts * kPartRows + block / kBlocks * kBlocks + lane() / 8 % 2 * kHalfRows;
+        blocks_ = (row * kStride + (block % kBlocks + lane() / 16) * 8) * 2;
+        if constexpr (STEPS * STRIPS <= 18) {  // registers have room for them: the compiler makes them again and again
+            keep(diagonal_);
+            keep(row_);
+            keep(strips_);
+            keep(blocks_);
+        }
     }
 
     template <typename Units>
@@ -126,38 +213,46 @@ class NormConvDepthwise {
     }
 
     __device__ void load(int64_t image, int row, int column) {
-        inside_ = 0;
-        existing_ = (a_.height - row < ROWS ? a_.height - row + 1 : ROWS + 2) * kHaloColumns;
+        rows_ = a_.height - row < ROWS ? a_.height - row + 1 : kHaloRows;
+        bool all_inside = true;
+        const auto inside = [&](const Pixel& pixel) {
+            const int y = row - 1 + pixel.row, x = column - 1 + pixel.column;
+            return pixel.row < kHaloRows && y >= 0 && y < a_.height && x >= 0 && x < a_.width;
+        };
+        const int left = a_.channels - 8 * pair(), left_of_half = a_.channels - 4 * pair();
+        const __half* source = nullptr;
 #pragma unroll
         for (int j = 0; j < STRIPS; ++j) {
-            const int pixel = halo_pixel(j) + group();
-            const int y = row - 1 + pixel / kHaloColumns, x = column - 1 + pixel % kHaloColumns;
-            const bool inside = pixel < kHaloPixels && y >= 0 && y < a_.height && x >= 0 && x < a_.width;
-            const __half* const source = a_.x + ((image * a_.height + y) * a_.width + x) * pitch_;
+            const Pixel pixel = halo_pixel(j, group());
+            if (j == 0 || j >= kWhole) {
+                const int64_t line = image * a_.height + (row - 1 + pixel.row);
+                source = a_.x + (line * a_.width + (column - 1 + pixel.column)) * a_.channels + 8 * pair();
+            } else {
+                source += int64_t{kStripRows} * a_.width * a_.channels;
+            }
+            const bool exists = inside(pixel);
+            const int limit = exists ? left : 0;
 #pragma unroll
             for (int g = 0; g < kGranules; ++g) {
-                const int channel = first_channel(2 * g);
                 uint4 values = {};
-                if (inside && channel < a_.channels) values = __ldg(reinterpret_cast<const uint4*>(source + channel));
+                if (g * kGranule < limit) values = __ldg(reinterpret_cast<const uint4*>(source + g * kGranule));
                 x_[j][2 * g] = {values.x, values.y};
                 x_[j][2 * g + 1] = {values.z, values.w};
             }
             if constexpr (kHalf) {
-                const int channel = first_channel(STEPS - 1);
                 x_[j][STEPS - 1] = {};
-                if (inside && channel < a_.channels) {
-                    x_[j][STEPS - 1] = __ldg(reinterpret_cast<const uint2*>(source + channel));
+                if (exists && kGranules * kGranule < left_of_half) {
+                    x_[j][STEPS - 1] =
+                        __ldg(reinterpret_cast<const uint2*>(source + kGranules * kGranule - 4 * pair()));
                 }
             }
             // The lane gets the products of two other pixels.
-            for (int i = 0; i < 2; ++i) {
-                const int stored = halo_pixel(j) + 2 * pair() + i;
-                const int down = row - 1 + stored / kHaloColumns, across = column - 1 + stored % kHaloColumns;
-                const bool exists =
-                    stored < kHaloPixels && down >= 0 && down < a_.height && across >= 0 && across < a_.width;
-                inside_ |= exists ? 1u << (2 * j + i) : 0;
-            }
+            const bool first = inside(halo_pixel(j, 2 * pair())), second = inside(halo_pixel(j, 2 * pair() + 1));
+            masks_[j] = (first ? 0xffffu : 0) | (second ? 0xffff0000u : 0);
+            all_inside = all_inside && first && second;
         }
+        all_inside_ = __all_sync(0xffffffffu, all_inside);
+        if (copied_ == 1) store_norm();
     }
 
     template <typename Units, typename Epilogue, typename Last>
@@ -192,243 +287,257 @@ class NormConvDepthwise {
     }
 
   private:
+    static __device__ void keep(int& value) { asm volatile("" : "+r"(value)); }
     static __device__ int warp() { return threadIdx.x / 32; }
     static __device__ int lane() { return threadIdx.x % 32; }
     static __device__ int group() { return lane() / 4; }
     static __device__ int pair() { return lane() % 4; }
-    // The first of the warp's eight pixels of strip j.
-    static __device__ int halo_pixel(int j) { return (warp() * STRIPS + j) * 8; }
+    // Pixel i = 0 … 7 of the warp's strip j: in the halo, which begins one row and one column before the tile.
+    static __device__ Pixel halo_pixel(int j, int i) {
+        const int strip = j * WARPS + warp();
+        if (j < kWhole || strip < kAligned) {
+            return {j * kStripRows + warp() / kBlocks, warp() % kBlocks * 8 + i};
+        }
+        return {(strip - kAligned) * 4 + i / 2, COLUMNS + i % 2};
+    }
     // The first of the lane's four channels of a step.
     static __device__ int first_channel(int step) {
         if (step < 2 * kGranules) return step / 2 * kGranule + 8 * pair() + step % 2 * 4;
         return step * 16 + 4 * pair();
     }
 
-    // What shared memory holds from the beginning on.
+    // What shared memory holds from the beginning on; the weights of the normalisation are on their way only.
     __device__ void prepare() {
-        for (int i = threadIdx.x * 8; i < STEPS * 16; i += kThreads * 8) {
-            copy_or_clear(norm_ + i, a_.norm_weight + i, i < a_.channels);
-            copy_or_clear(norm_ + STEPS * 16 + i, a_.norm_bias + i, i < a_.channels);
+        const int channel = threadIdx.x * 4;
+        gamma_ = beta_ = {};
+        if (channel < a_.channels) {
+            gamma_ = __ldg(reinterpret_cast<const uint2*>(a_.norm_weight + channel));
+            beta_ = __ldg(reinterpret_cast<const uint2*>(a_.norm_bias + channel));
         }
-        // The planes' padding is multiplied by zeros, and must be finite.
-        for (int i = threadIdx.x; i < 2 * kPlaneBytes / 16; i += kThreads) reinterpret_cast<uint4*>(planes_)[i] = {};
-    }
-
-    static __device__ void unpack(const uint2& words, float (&values)[4]) {
-        const uint32_t pairs[] = {words.x, words.y};
-        for (int i = 0; i < 2; ++i) {
-            const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
-            values[2 * i] = pair.x;
-            values[2 * i + 1] = pair.y;
+        // The planes' padding is multiplied by zeros, and must be finite; the first diagonals are zeros.
+        for (int i = threadIdx.x; i < 2 * (kDiagonalBytes + kPlaneBytes) / 16; i += kThreads) {
+            reinterpret_cast<uint4*>(diagonals_)[i] = {};
         }
     }
 
-    // A pixel's granule has 16 words.  Its lane p has 4·p … 4·p + 3, as they come from memory, and gets p, 4 + p, 8 + p
-    // and 12 + p, as fragments and the matrices of weights have them.
-    static __device__ void exchange(uint2& low, uint2& high) {
-        uint32_t words[] = {low.x, low.y, high.x, high.y};
-        const auto swap = [&](int i, int j, bool really) {
-            const uint32_t word = words[i];
-            words[i] = really ? words[j] : word;
-            words[j] = really ? word : words[j];
-        };
-        const auto reorder = [&] {  // words[i] becomes words[i ^ p]
-            swap(0, 1, pair() & 1);
-            swap(2, 3, pair() & 1);
-            swap(0, 2, pair() & 2);
-            swap(1, 3, pair() & 2);
-        };
-        reorder();
-        for (int i = 1; i < 4; ++i) words[i] = __shfl_xor_sync(0xffffffffu, words[i], i);
-        reorder();
-        low = {words[0], words[1]};
-        high = {words[2], words[3]};
+    __device__ void store_norm() {
+        if (threadIdx.x >= STEPS * 4) return;
+        auto* const values = reinterpret_cast<float4*>(norm_) + threadIdx.x;
+        values[0] = unpack(gamma_);
+        values[STEPS * 4] = unpack(beta_);
     }
 
-    // The same for half a granule: from 2·p, 2·p + 1 to p, 4 + p.
-    static __device__ void exchange(uint2& half) {
-        const auto word = [&](int lane) {
-            const uint32_t even = __shfl_sync(0xffffffffu, half.x, lane, 4);
-            const uint32_t odd = __shfl_sync(0xffffffffu, half.y, lane, 4);
-            return pair() % 2 ? odd : even;
-        };
-        half = {word(pair() / 2), word(2 + pair() / 2)};
+    static __device__ float4 unpack(const uint2& words) {
+        const float2 low = __half22float2(as_pair(words.x)), high = __half22float2(as_pair(words.y));
+        return {low.x, low.y, high.x, high.y};
+    }
+    static __device__ __half2 as_pair(uint32_t word) { return *reinterpret_cast<const __half2*>(&word); }
+
+    // Tensor cores add the channels up: products by ones are sums, and as fragments of pixels are those of the
+    // transposed matrix, too, their products by themselves have sums of squares along the diagonal.  A lane gets those
+    // of its own pixel from columns 2·pair and 2·pair + 1.
+    static __device__ float of_own_pixel(float even, float odd) {
+        return __shfl_sync(0xffffffffu, group() % 2 ? odd : even, group() / 2, 4);
     }
 
-    // Sum over the four lanes of a pixel.
-    static __device__ float pixel_sum(float x) {
-        for (int offset = 1; offset < 4; offset *= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-        return x;
-    }
-
-    // Strips behind the image's last row are left out.  Which ones is not known to the compiler: it would unpack all
-    // strips at once otherwise, for which the registers have no room.
+    // Strips behind the image's last row are left out.
     __device__ void normalise() {
+        constexpr uint32_t kOnes = 0x3c003c00;
         const float channels = a_.channels, share = 1 / channels;
-        // As exact as a division, whose result is exact for constant pixels.
-        const auto mean_of = [&](float sum) {
-            const float mean = sum * share;
-            return fmaf(fmaf(-mean, channels, sum), share, mean);
-        };
+        float scales[STRIPS], offsets[STRIPS];
 #pragma unroll
         for (int j = 0; j < STRIPS; ++j) {
-            if (halo_pixel(j) >= existing_) continue;
-            float values[4], sum = 0, squares = 0;
+            scales[j] = offsets[j] = 0;
+            if (halo_pixel(j, 0).row >= rows_) continue;
+            float sums[4] = {};
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
-                unpack(x_[j][s], values);
-                sum += (values[0] + values[1]) + (values[2] + values[3]);
+                multiply_add(sums, {kOnes, kOnes, kOnes, kOnes}, x_[j][s].x, x_[j][s].y);
             }
-            const float mean = mean_of(pixel_sum(sum));
+            // As exact as a division, whose result is exact for constant pixels.
+            const float sum = of_own_pixel(sums[0], sums[1]);
+            const float mean = fmaf(fmaf(-share * sum, channels, sum), share, share * sum);
+            // Half of x minus half of the mean: exact where they are near, and never beyond FP16.
+            const __half shift = __float2half_rn(-0.5f * mean);
+            const float rest = fmaf(0.5f, mean, to_float(shift));
+            const __half2 half = __float2half2_rn(0.5f), shifts = __half2half2(shift);
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
-                unpack(x_[j][s], values);
-                float part = 0;
-                for (float value : values) part += (value - mean) * (value - mean);
-                squares += first_channel(s) < a_.channels ? part : 0;
+                x_[j][s] = {as_word(__hfma2(as_pair(x_[j][s].x), half, shifts)),
+                            as_word(__hfma2(as_pair(x_[j][s].y), half, shifts))};
             }
-            const float offset = a_.subtract_mean ? mean : 0;
-            const float scale = rsqrtf(mean_of(pixel_sum(squares)) + a_.epsilon);
+            if (a_.channels < STEPS * 16) {
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const auto gamma = load_pack<4>(norm_ + first_channel(s));
-                const auto beta = load_pack<4>(norm_ + STEPS * 16 + first_channel(s));
-                unpack(x_[j][s], values);
-                for (int n = 0; n < 4; ++n) {
-                    values[n] = (values[n] - offset) * scale * to_float(gamma.values[n]) + to_float(beta.values[n]);
+                for (int s = 0; s < STEPS; ++s) {
+                    if (first_channel(s) >= a_.channels) x_[j][s] = {};
                 }
-                x_[j][s] = {as_word(__floats2half2_rn(values[0], values[1])),
-                            as_word(__floats2half2_rn(values[2], values[3]))};
             }
+            float upper[4] = {}, lower[4] = {};
 #pragma unroll
-            for (int g = 0; g < kGranules; ++g) exchange(x_[j][2 * g], x_[j][2 * g + 1]);
-            if constexpr (kHalf) exchange(x_[j][STEPS - 1]);
+            for (int s = 0; s < STEPS; ++s) {
+                multiply_add_half(upper, x_[j][s], x_[j][s].x);
+                multiply_add_half(lower, x_[j][s], x_[j][s].y);
+            }
+            const float squares = (of_own_pixel(upper[0], upper[1]) + of_own_pixel(lower[2], lower[3])) * share;
+            const float variance = 4 * fmaxf(squares - rest * rest, 0);
+            scales[j] = 2 * rsqrtf(variance + a_.epsilon);
+            offsets[j] = (a_.subtract_mean ? -rest : -to_float(shift)) * scales[j];
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) {
+            const auto* const norm = reinterpret_cast<const float4*>(norm_ + first_channel(s));
+            const float4 gamma = norm[0], beta = norm[STEPS * 4];
+#pragma unroll
+            for (int j = 0; j < STRIPS; ++j) {
+                float4 x = unpack(x_[j][s]);
+                x.x = fmaf(fmaf(x.x, scales[j], offsets[j]), gamma.x, beta.x);
+                x.y = fmaf(fmaf(x.y, scales[j], offsets[j]), gamma.y, beta.y);
+                x.z = fmaf(fmaf(x.z, scales[j], offsets[j]), gamma.z, beta.z);
+                x.w = fmaf(fmaf(x.w, scales[j], offsets[j]), gamma.w, beta.w);
+                x_[j][s] = {as_word(__floats2half2_rn(x.x, x.y)), as_word(__floats2half2_rn(x.z, x.w))};
+            }
         }
     }
 
-    // Starts to copy the weights of a chunk, rows of channels, and what make_diagonals takes.
+    // Starts to copy the weights of a chunk, rows of channels, and what make_diagonals takes.  A row is copied by WARPS
+    // threads, in the order in which a lane has a pixel's channels: as they come from memory.
     template <typename Units>
     __device__ void copy(int chunk, const Units& units) {
-        constexpr int kPacks = kUnit * 2 * STEPS;        // of a unit's weights
-        constexpr int kPieces = (kPacks + 31) / 32 + 1;  // of 32 packs; the last one has all else
-        auto* const weights = reinterpret_cast<__half*>(weights_ + copied_ % 2 * kWeightBytes);
-        auto* const raw = reinterpret_cast<__half*>(raw_ + copied_ % 2 * kRawBytes);
-#pragma unroll 1
-        for (int i = warp(); i < kUnits * kPieces; i += WARPS) {
-            const int unit = i / kPieces, piece = i % kPieces, output = units(chunk, unit);
-            if (piece < kPieces - 1) {
-                const int pack = piece * 32 + lane(), row = pack / (2 * STEPS), channel = pack % (2 * STEPS) * 8;
-                if (kPacks % 32 == 0 || pack < kPacks) {
-                    copy_or_clear(weights + (unit * kUnit + row) * kWeightRow + channel,
-                                  a_.weight + int64_t{output + row} * a_.channels + channel,
-                                  output >= 0 && channel < a_.channels);
-                }
-            } else if (lane() < 11) {
-                const __half* const from = lane() < 9    ? a_.depthwise_weight + output * 9 + lane() * 8
-                                           : lane() == 9 ? a_.bias + output
-                                                         : a_.depthwise_bias + output;
-                copy_or_clear(raw + unit * kRawUnit + lane() * 8, from, output >= 0);
-            }
+        const int row = threadIdx.x / WARPS, first = threadIdx.x % WARPS;
+        const int output = units(chunk, row / kUnit);
+        const __half* const from = a_.weight + int64_t{output + row % kUnit} * a_.channels + first * 2;
+        const int left = output >= 0 ? a_.channels - first * 2 : 0;
+        // Lane p of a pixel has words 4·p … 4·p + 3 of a granule: a word for each half of two steps.  Of half a granule
+        // it has 2·p and 2·p + 1.
+        __half* const to = reinterpret_cast<__half*>(weights_ + copied_ % 2 * kWeightBytes) + row * kWeightRow;
+        __half* const to_granules = to + (first % 4 * 4 + first / 4) * 2;
+#pragma unroll
+        for (int i = 0; i < kGranules * 16; i += WARPS) {
+            copy_or_clear_word(to_granules + (i / 16 * 16 + i % 16 / 4) * 2, from + i * 2, i * 2 < left);
+        }
+        if constexpr (kHalf) {  // with 16 threads, two copy the same word
+            const int word = first % 8, channel = kGranules * kGranule + word * 2;
+            copy_or_clear_word(to + kGranules * kGranule + (word % 2 * 4 + word / 2) * 2, from + channel - first * 2,
+                               channel - first * 2 < left);
+        }
+        const int unit = WARPS - 1 - warp();
+        if (unit < kUnits && lane() < 11) {
+            const int begin = units(chunk, unit);
+            const __half* const values = lane() < 9    ? a_.depthwise_weight + begin * 9 + lane() * 8
+                                         : lane() == 9 ? a_.bias + begin
+                                                       : a_.depthwise_bias + begin;
+            auto* const raw = reinterpret_cast<__half*>(raw_ + copied_ % 2 * kRawBytes);
+            copy_or_clear(raw + unit * kRawUnit + lane() * 8, values, begin >= 0);
         }
         __pipeline_commit();
         ++copied_;
     }
 
-    // For each output of a chunk and each diagonal, see diagonal_: the words of three rows of weights, and the bias.
+    // For each output of a chunk and each diagonal, see diagonal_: the words of three rows of weights, each row made by
+    // a warp.  Behind them the biases, as a fragment c has them.
     __device__ void make_diagonals(int buffer) {
-        const auto* const raw = reinterpret_cast<const __half*>(raw_ + buffer * kRawBytes);
+        if (warp() > 3) return;
+        const auto* const raw = reinterpret_cast<const __half*>(raw_ + buffer * kRawBytes) + lane() / kUnit * kRawUnit;
         auto* const diagonals = reinterpret_cast<uint4*>(diagonals_ + buffer * kDiagonalBytes);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < kConvolvedChunk * kDiagonals; i += kThreads) {
-            const int output = i / kDiagonals, diagonal = i % kDiagonals;
-            const __half* const unit = raw + output / kUnit * kRawUnit;
-            const __half* const weights = unit + output % kUnit * 9;
-            uint32_t words[3];
-            for (int row = 0; row < 3; ++row) {
-                const __half low = diagonal >= 2 ? weights[row * 3 + diagonal - 2] : __half();
-                const __half high = diagonal >= 1 && diagonal <= 3 ? weights[row * 3 + diagonal - 1] : __half();
-                words[row] = as_word(__halves2half2(low, high));
-            }
-            diagonals[i] = {words[0], words[1], words[2], __float_as_uint(to_float(unit[80 + output % kUnit]))};
+        if (warp() < 3) {
+            auto* const words = reinterpret_cast<uint32_t*>(diagonals + lane() * kDiagonals) + warp();
+            const __half* const weights = raw + lane() % kUnit * 9 + warp() * 3;
+            const __half zero = __float2half_rn(0);
+            words[4] = as_word(__halves2half2(zero, weights[0]));
+            words[8] = as_word(__halves2half2(weights[0], weights[1]));
+            words[12] = as_word(__halves2half2(weights[1], weights[2]));
+            words[16] = as_word(__halves2half2(weights[2], zero));
+        } else {
+            const float bias = to_float(raw[80 + lane() % kUnit]);
+            reinterpret_cast<float4*>(diagonals)[kConvolvedChunk * kDiagonals + lane()] = {bias, bias, bias, bias};
         }
     }
 
     // A chunk's outputs of the warp's pixels.
     __device__ void multiply(int buffer) {
-        const auto* const raw = reinterpret_cast<const __half*>(raw_ + buffer * kRawBytes);
-        // Matrices: 8 rows of weights, the next 8, both with the next 8 channels.
-        const __half* weights = reinterpret_cast<const __half*>(weights_ + buffer * kWeightBytes) +
-                                lane() % 16 * kWeightRow + lane() / 16 * 8;
-        char* planes = planes_ + buffer * kPlaneBytes;
-        const bool all_inside = inside_ == (1ull << 2 * STRIPS) - 1;
-#pragma unroll 1
-        for (int unit = 0; unit < kUnits; unit += 2) {  // 16 outputs: rows `group` of two units
-            const float upper_bias = to_float(raw[unit * kRawUnit + 72 + group()]);
-            const float lower_bias = to_float(raw[(unit + 1) * kRawUnit + 72 + group()]);
+        const auto* const raw = reinterpret_cast<const __half*>(raw_ + buffer * kRawBytes) + 72 + group();
+        const auto* const weights = reinterpret_cast<const __half*>(weights_ + (buffer * kWeightBytes + row_));
+        auto* const planes = reinterpret_cast<__half*>(planes_ + buffer * kPlaneBytes);
+        auto* const strips = reinterpret_cast<__half*>(planes_ + (buffer * kPlaneBytes + strips_));
+#pragma unroll(STEPS <= 6 ? 2 : 1)
+        for (int sixteen = 0; sixteen < 2; ++sixteen) {  // outputs: rows `group` of two units
+            const float upper_bias = to_float(raw[2 * sixteen * kRawUnit]);
+            const float lower_bias = to_float(raw[(2 * sixteen + 1) * kRawUnit]);
+            float biases[] = {upper_bias, upper_bias, lower_bias, lower_bias};
             float c[STRIPS][4];
-            for (auto& strip : c) {
-                strip[0] = strip[1] = upper_bias;
-                strip[2] = strip[3] = lower_bias;
-            }
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
                 uint32_t words[4];
-                load_matrices(words, weights + s * 16);
-                for (int j = 0; j < STRIPS; ++j) multiply_add(c[j], words, x_[j][s].x, x_[j][s].y);
+                load_matrices(words, weights + sixteen * 16 * kWeightRow + s * 16);
+                for (int j = 0; j < STRIPS; ++j) {
+                    multiply_onto(c[j], s == 0 ? biases : c[j], words, x_[j][s].x, x_[j][s].y);
+                }
+            }
+            uint32_t words[STRIPS][2];
+            for (int j = 0; j < STRIPS; ++j) {
+                for (int i = 0; i < 2; ++i) words[j][i] = as_word(__floats2half2_rn(c[j][2 * i], c[j][2 * i + 1]));
+            }
+            if (!all_inside_) {
+                for (int j = 0; j < STRIPS; ++j) {
+                    for (uint32_t& word : words[j]) word &= masks_[j];
+                }
             }
 #pragma unroll
-            for (int j = 0; j < STRIPS; ++j) {
-                uint32_t words[] = {as_word(__floats2half2_rn(c[j][0], c[j][1])),
-                                    as_word(__floats2half2_rn(c[j][2], c[j][3]))};
-                if (!all_inside) {
-                    const uint32_t mask =
-                        (inside_ >> 2 * j & 1 ? 0xffffu : 0) | (inside_ >> 2 * j & 2 ? 0xffff0000u : 0);
-                    words[0] &= mask;
-                    words[1] &= mask;
-                }
-                *reinterpret_cast<uint32_t*>(planes + target_[j]) = words[0];
-                *reinterpret_cast<uint32_t*>(planes + target_[j] + kUnit * kPlane * 2) = words[1];
+            for (int j = 0; j < kWhole; j += 2) {
+                store_matrices(strips + sixteen * 16 * kPlane + j * kStripRows * kStride,
+                               {words[j][0], words[j][1], words[j + 1][0], words[j + 1][1]});
             }
-            weights += 2 * kUnit * kWeightRow;
-            planes += 2 * kUnit * kPlane * 2;
+#pragma unroll
+            for (int j = kWhole; j < STRIPS; ++j) {
+                __half* const target = planes + targets_[j - kWhole] + sixteen * 16 * kPlane;
+                *reinterpret_cast<uint32_t*>(target) = words[j][0];
+                *reinterpret_cast<uint32_t*>(target + kUnit * kPlane) = words[j][1];
+            }
         }
     }
 
     template <typename Epilogue>
     __device__ void take(int chunk, int buffer, Epilogue& epilogue) {
-        constexpr int kPairsAcross = COLUMNS / 16;
-        const int cells = warp() % kCellPairs, task = warp() / kCellPairs;
-        const int row = cells / kPairsAcross * 8, column = cells % kPairsAcross * 16;
-        const auto* const planes = reinterpret_cast<const __half*>(planes_ + buffer * kPlaneBytes);
+        const int part = warp() % kParts, task = warp() / kParts;
+        const auto* const matrices = reinterpret_cast<const __half*>(planes_ + (buffer * kPlaneBytes + blocks_));
         const auto* const diagonals = reinterpret_cast<const uint4*>(diagonals_ + buffer * kDiagonalBytes) + diagonal_;
-        // For each of three rows of weights, 8 rows of columns 0 … 7 and 8 … 15 of either cell's 16: the first cell's
-        // second matrix is the second cell's first one.
-        const __half* const matrices = planes + (row + lane() % 8) * kStride + column + (lane() / 8 + 1) / 2 * 8;
-        const auto convolve = [&](int n, float (&sums)[4]) {
+        const auto* const biases =
+            reinterpret_cast<const float4*>(diagonals_ + buffer * kDiagonalBytes) + kConvolvedChunk * kDiagonals;
+        const auto convolve = [&](int n, float (&sums)[kLines][4]) {
             const uint4 diagonal = diagonals[n * kDiagonals];
-            for (float& sum : sums) sum = __uint_as_float(diagonal.w);
+            const float4 four = biases[n];
+            float bias[] = {four.x, four.y, four.z, four.w};
             const uint32_t words[] = {diagonal.x, diagonal.y, diagonal.z};
 #pragma unroll
-            for (int i = 0; i < 3; ++i) {
+            for (int i = 0; i < kLines + 2; ++i) {
                 uint32_t pixels[4];
                 load_matrices(pixels, matrices + n * kPlane + i * kStride);
-                multiply_add(sums, pixels, words[i] & upper_mask_, words[i] & ~upper_mask_);
+#pragma unroll
+                for (int line = 0; line < kLines; ++line) {
+                    const int tap = i - line;  // row of the weights
+                    if (tap < 0 || tap > 2) continue;
+                    multiply_onto(sums[line], tap == 0 ? bias : sums[line], pixels, words[tap] & upper_mask_,
+                                  words[tap] & ~upper_mask_);
+                }
             }
         };
-        epilogue.take(chunk, task, row + group(), column + 2 * pair(), convolve);
+        epilogue.take(chunk, task, part, convolve);
     }
 
     const NormConvDepthwiseArguments& a_;
-    const int pitch_;
     char *const weights_, *const raw_, *const diagonals_, *const planes_;  // two buffers each
-    __half* const norm_;                                                   // weight and bias
-    uint2 x_[STRIPS][STEPS];  // four channels of pixel `group` of a strip, for each step of the product
-    int target_[STRIPS];      // bytes to where pixels 2·pair and 2·pair + 1 of output `group` are stored
-    uint32_t inside_;         // two bits for each strip: whether these lie inside of the image
-    int existing_;            // pixels of tile and halo above the image's end
-    uint32_t upper_mask_;     // of rows 2·pair, 2·pair + 1 of the matrix of weights, rather than these plus 8
-    int diagonal_;            // of 5: zeros, (0, w[0]), (w[0], w[1]), (w[1], w[2]), (w[2], 0)
-    int copied_ = 0;          // chunks
+    float* const norm_;                                                    // weight and bias
+    uint2 x_[STRIPS][STEPS];        // four channels of pixel `group` of a strip, for each step of the product
+    uint32_t masks_[STRIPS];        // of pixels 2·pair and 2·pair + 1 of a strip, those that lie inside of the image
+    int targets_[STRIPS - kWhole];  // where these are stored of output `group`, of strips that may be no blocks
+    bool all_inside_;               // those of all lanes
+    int rows_;                      // of tile and halo above the image's end
+    uint2 gamma_, beta_;            // of the normalisation, on their way to norm_
+    uint32_t upper_mask_;           // of rows 2·pair, 2·pair + 1 of the matrix of weights, rather than these plus 8
+    int row_, strips_;  // bytes from a buffer's beginning to where the lane loads weights, and stores strips
+    int blocks_;        // and to where it loads a fragment of a plane
+    int diagonal_;      // of 5: zeros, (0, w[0]), (w[0], w[1]), (w[1], w[2]), (w[2], 0)
+    int copied_ = 0;    // chunks
 };
 
 }  // namespace trt_graft

@@ -8,6 +8,7 @@
 // kernel is pointwise_conv_residual's.
 //
 // FP32, and sizes that are not whole packs of 16 bytes, pass three other plugins' kernels, a strip of rows at a time.
+#include "common/gelu.cuh"
 #include "common/norm_conv_depthwise.cuh"
 #include "gated_depthwise_conv/kernel.cuh"
 #include "gated_feed_forward/kernel.cuh"
@@ -30,100 +31,83 @@ struct Arguments {
 
 constexpr int kGates = 16;  // of a chunk; as many values follow them
 
-// max(x, 0); NaN stays NaN.
-__device__ float positive_part(float x) {
+// max(x, y); NaN stays NaN.
+__device__ float maximum(float x, float y) {
 #if __CUDA_ARCH__ >= 800
-    float y;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-    return y;
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
 #else
-    return x <= 0 ? 0 : x;
+    return x <= y ? y : x;
 #endif
 }
 
-// 2^x, or 0 where that is below the normal numbers.
-__device__ float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// x · Φ(x) = max(x, 0) − |x| · Φ(−|x|), whose logarithm is a polynomial: as near to the exact GELU as ½x · (1 + erff),
-// in half as many instructions.  From |x| = 12 on the second term is nothing.
-__device__ float gelu(float x) {
-    constexpr float kLog2[] = {-1.90204889e-06f, 2.80566983e-05f, -0.000131471839f,
-                               -0.000272079807f, 0.00724542793f,  -0.0526276156f,
-                               -0.459162146f,    -1.15111101f,    -1.f};
-    const float distance = fminf(fabsf(x), 12);
-    float log2 = kLog2[0];
-    for (int i = 1; i < 9; ++i) log2 = fmaf(log2, distance, kLog2[i]);
-    return fmaf(-distance, power_of_two(log2), positive_part(x));
-}
-
-// Gates a chunk.  A warp has few channels of many pixels, memory wants all 16 of a pixel: 32 bytes, which pass shared
+// Gates a chunk.  A warp has two channels of many pixels, memory wants all 16 of a pixel: 32 bytes, which pass shared
 // memory.
-template <typename Core, int COLUMNS>
+template <typename Core>
 struct Gate {
-    static constexpr int kChannels = Core::kTaskRows / 2;  // of a warp
-    static constexpr int kWords = kChannels / 2;           // of two channels
-    static constexpr int kBytes = 2 * Core::kPixels * kGates * 2;
-    static_assert(kWords == 1 || kWords == 2);
+    static constexpr int kWords = 8;                   // of two channels
+    static constexpr int kStride = Core::kPixels + 4;  // from word to word of a pixel: 16 banks from half to half
+    static constexpr int kBytes = 2 * kWords * kStride * 4;
+    static constexpr int kPacks = Core::kPixels * 2 / Core::kThreads;  // of 8 channels, of a thread
+    static_assert(Core::kPixels * 2 % Core::kThreads == 0);
 
-    uint32_t* staged;                         // two buffers (pixel, 8 words)
-    __half* target;                           // the tile's first pixel
-    int rows, columns, width, hidden, first;  // of the tile that exist, of the image; hidden channels, the first one
+    uint32_t* staged;         // two buffers
+    __half* targets[kPacks];  // of the thread's packs of the next chunk; null for those that do not exist
+    int left;                 // hidden channels from these on
+
+    // `target` is the tile's first pixel, of which `rows` and `columns` exist; `first` is a hidden channel.
+    __device__ Gate(uint32_t* shared, __half* target, int rows, int columns, int width, int hidden, int first)
+        : staged(shared) {
+        const int channel = first + threadIdx.x % 2 * 8;
+        left = hidden - channel;
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+            const int slot = threadIdx.x / 2 + i * (Core::kThreads / 2);
+            const auto pixel =
+                Core::pixel_of(slot / (128 * Core::kLines), slot / 128 % Core::kLines, slot / 32 % 4, slot % 32);
+            const bool exists = pixel.row < rows && pixel.column < columns;
+            targets[i] = exists ? target + (int64_t{pixel.row} * width + pixel.column) * hidden + channel : nullptr;
+        }
+    }
 
     template <typename Convolve>
-    __device__ void take(int chunk, int task, int row, int column, Convolve convolve) const {
-        uint32_t words[4][kWords];
+    __device__ void take(int chunk, int task, int part, const Convolve& convolve) const {
+        float gated[2][Core::kLines][4];
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-            float gated[2][4];
+        for (int n = 0; n < 2; ++n) {
+            float gates[Core::kLines][4], values[Core::kLines][4];
+            convolve(task * 2 + n, gates);
+            convolve(kGates + task * 2 + n, values);
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                const int channel = task * kChannels + 2 * i + n;
-                float gates[4], values[4];
-                convolve(channel, gates);
-                convolve(kGates + channel, values);
+            for (int line = 0; line < Core::kLines; ++line) {
 #pragma unroll
-                for (int p = 0; p < 4; ++p) gated[n][p] = gelu(gates[p]) * values[p];
+                // From −65504 on, so that of −∞ nothing is left, too.
+                for (int i = 0; i < 4; ++i) {
+                    gated[n][line][i] = fast_gelu(maximum(gates[line][i], -65504)) * values[line][i];
+                }
             }
-#pragma unroll
-            for (int p = 0; p < 4; ++p) words[p][i] = as_word(__floats2half2_rn(gated[0][p], gated[1][p]));
         }
-        uint32_t* const stage = staged + chunk % 2 * (Core::kPixels * 8) + (task * kWords ^ mask(row));
+        uint32_t* const stage =
+            staged + (chunk % 2 * kWords + task) * kStride + part * (128 * Core::kLines) + threadIdx.x % 32;
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            uint32_t* const to = stage + slot(row, column + p / 2 * 8 + p % 2) * 8;
-            if constexpr (kWords == 2) {
-                *reinterpret_cast<uint2*>(to) = {words[p][0], words[p][1]};
-            } else {
-                *to = words[p][0];
+        for (int line = 0; line < Core::kLines; ++line) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                stage[line * 128 + i * 32] = as_word(__floats2half2_rn(gated[0][line][i], gated[1][line][i]));
             }
         }
     }
 
-    __device__ void finish(int chunk) const {
-        const auto* const stage = reinterpret_cast<const uint4*>(staged + chunk % 2 * (Core::kPixels * 8));
-#pragma unroll 1
-        for (unsigned i = threadIdx.x; i < Core::kPixels * 2; i += Core::kThreads) {
-            const unsigned place = i / 2, half = i % 2;
-            const int row = place / COLUMNS, column = place % (COLUMNS / 2) * 2 + place / (COLUMNS / 2) % 2;
-            const int channel = first + chunk * kGates + half * 8;
-            uint4 words = stage[place * 2 + (half ^ mask(row) / 4)];
-            if (mask(row) & 1) words = {words.y, words.x, words.w, words.z};
-            if (mask(row) & 2) words = {words.z, words.w, words.x, words.y};
-            if (row < rows && column < columns && channel < hidden) {
-                *reinterpret_cast<uint4*>(target + (row * width + column) * hidden + channel) = words;
-            }
+    __device__ void finish(int chunk) {
+        const uint32_t* const stage = staged + (chunk % 2 * kWords + threadIdx.x % 2 * 4) * kStride + threadIdx.x / 2;
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+            const uint32_t* const words = stage + i * (Core::kThreads / 2);
+            const uint4 pack = {words[0], words[kStride], words[2 * kStride], words[3 * kStride]};
+            if (targets[i] && chunk * kGates < left) *reinterpret_cast<uint4*>(targets[i] + chunk * kGates) = pack;
         }
     }
-
-  private:
-    // Where a pixel is: what a warp stores at once, neighbouring pixels with even numbers in 8 rows, lies in all banks.
-    // So even columns come first, and in each row another of the words.
-    static __device__ int slot(int row, int column) { return row * COLUMNS + column % 2 * (COLUMNS / 2) + column / 2; }
-    static __device__ int mask(int row) { return row * kWords & 7; }
 };
 
 // blockIdx.x is (image, row of tiles, tile, slice of the hidden channels): blocks that read the same pixels are
@@ -148,13 +132,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
     const int row = tile / across % down * ROWS, column = tile % across * COLUMNS;
     const int64_t image = tile / across / down;
     core.load(image, row, column);
-    Gate<Core, COLUMNS> gate = {reinterpret_cast<uint32_t*>(shared + Core::kBytes / 16),
-                                y + ((image * a.height + row) * a.width + column) * hidden,
-                                a.height - row,
-                                a.width - column,
-                                a.width,
-                                hidden,
-                                first};
+    Gate<Core> gate(reinterpret_cast<uint32_t*>(shared + Core::kBytes / 16),
+                    y + ((image * a.height + row) * a.width + column) * hidden, a.height - row, a.width - column,
+                    a.width, hidden, first);
     const int left = (hidden - first + kGates - 1) / kGates;
     core.run(left < chunks ? left : chunks, units, gate);
 }
@@ -163,10 +143,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
 template <int STEPS, int WARPS, int STRIPS, int ROWS, int COLUMNS>
 bool try_gate_kernel(const Arguments& a, const Gpu& gpu, cudaStream_t stream, cudaError_t& error) {
     using Core = NormConvDepthwise<STEPS, WARPS, STRIPS, ROWS, COLUMNS>;
-    constexpr int kBytes = Core::kBytes + Gate<Core, COLUMNS>::kBytes;
+    constexpr int kBytes = Core::kBytes + Gate<Core>::kBytes;
     const int64_t tiles = a.batch * ceil_div(a.height, ROWS) * ceil_div(a.width, COLUMNS);
     if (kBytes > gpu.shared_bytes || tiles > INT32_MAX / ceil_div(a.hidden, kGates)) return false;
-    if (a.width * a.hidden > INT32_MAX / (ROWS + 1)) return false;  // pixels of a tile are found by int
     // The cut with which the multiprocessors, a block each, do the least one after the other: to begin and to end with
     // a tile is as much work as some chunks.
     constexpr int kMore = 4;

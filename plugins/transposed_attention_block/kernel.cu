@@ -90,16 +90,18 @@ constexpr int64_t kMostBlocks = 2 * kMultiprocessors;  // unless there are more 
 
 // How the kernel works on up to STEPS · 16 channels and heads of WIDTH: with one block on a multiprocessor, of 16
 // warps, or two of 8.  Two hide more, but have no room for q and k of 96 channels.  Pixels of more than 192 channels
-// fill the registers of one of 8 warps.
-template <int STEPS, int WIDTH>
+// fill the registers of one of 8 warps.  WIDE tiles have the least halo, and need all shared memory of compute
+// capability 9.0, and images that have one for most multiprocessors.
+template <int STEPS, int WIDTH, bool WIDE>
 struct Tile {
-    static constexpr bool kLarge = STEPS <= 6 && WIDTH > 48;
-    static constexpr int kWarps = kLarge ? 16 : 8, kStrips = 3, kRows = kLarge ? 16 : 8, kColumns = 16;
+    static constexpr bool kLarge = WIDE || (STEPS <= 6 && WIDTH > 48);
+    static constexpr int kWarps = kLarge ? 16 : 8, kStrips = WIDE ? 5 : 3;
+    static constexpr int kRows = kLarge ? 16 : 8, kColumns = WIDE ? 32 : 16;
     static constexpr int kPixels = kRows * kColumns;
-    static constexpr int kBlocksAtOnce = STEPS <= 12 && WIDTH <= 48 ? 2 : 1;
+    static constexpr int kBlocksAtOnce = !WIDE && STEPS <= 12 && WIDTH <= 48 ? 2 : 1;
     using Core = NormConvDepthwise<STEPS, kWarps, kStrips, kRows, kColumns>;
     static constexpr int kThreads = Core::kThreads;
-    static constexpr int kTaskRows = Core::kTaskRows;
+    static constexpr int kTaskRows = Core::kTaskRows, kLines = Core::kLines;
     static_assert(kUnit % kTaskRows == 0, "a task is part of a unit");
 
     static constexpr int kHeadUnits = WIDTH / kUnit;  // of v, q or k
@@ -146,39 +148,57 @@ class Epilogue {
     }
 
     template <typename Convolve>
-    __device__ void take(int chunk, int task, int row, int column, const Convolve& convolve) {
+    __device__ void take(int chunk, int task, int part, const Convolve& convolve) {
         const int output = task * TILE::kTaskRows;  // of the chunk
         const int unit = first_ + chunk * kUnits + output / kUnit, channel = output % kUnit;
         if (unit >= last_) return;
-        const int place = place_of(row, column);
+        const int lane = threadIdx.x % 32;
         if (unit < TILE::kHeadUnits) {
-            __half values[4][TILE::kTaskRows];
+            __half values[TILE::kLines][4][TILE::kTaskRows];
+#pragma unroll
             for (int n = 0; n < TILE::kTaskRows; ++n) {
-                float sums[4];
+                float sums[TILE::kLines][4];
                 convolve(output + n, sums);
-                for (int i = 0; i < 4; ++i) values[i][n] = __float2half_rn(sums[i]);
+                for (int line = 0; line < TILE::kLines; ++line) {
+                    for (int i = 0; i < 4; ++i) values[line][i][n] = __float2half_rn(sums[line][i]);
+                }
             }
-            __half* const target = stage(chunk) + place * TILE::kRow + output;
-            for (int i = 0; i < 4; ++i) {
-                store_pack(target + i * (TILE::kPixels / 4) * TILE::kRow,
-                           reinterpret_cast<const Pack<__half, TILE::kTaskRows>&>(values[i]));
+            __half* const target = stage(chunk) + (part * TILE::kLines * 128 + lane) * TILE::kRow + output;
+            for (int line = 0; line < TILE::kLines; ++line) {
+                for (int i = 0; i < 4; ++i) {
+                    store_pack(target + (line * 128 + i * 32) * TILE::kRow,
+                               reinterpret_cast<const Pack<__half, TILE::kTaskRows>&>(values[line][i]));
+                }
             }
             return;
         }
+        // In planes, the four pixels that a lane has of a line are neighbours.
+        __half* const target = planes_ + ((unit - TILE::kHeadUnits) * kUnit + channel) * TILE::kPlane +
+                               (part * TILE::kLines * 32 + lane) * 4;
         // Pixels behind the image's end count for nothing.
-        const bool exists = row_ + row < a_.height;
-        uint32_t masks[2];
-        for (int i = 0; i < 2; ++i) {
-            const int left = exists ? a_.width - column_ - column - 8 * i : 0;
-            masks[i] = (left > 0 ? 0xffffu : 0) | (left > 1 ? 0xffff0000u : 0);
-        }
-        __half* const target = planes_ + ((unit - TILE::kHeadUnits) * kUnit + channel) * TILE::kPlane + place * 4;
-        for (int n = 0; n < TILE::kTaskRows; ++n) {
-            float sums[4];
-            convolve(output + n, sums);
-            const Pack<uint32_t, 2> words = {{as_word(__floats2half2_rn(sums[0], sums[1])) & masks[0],
-                                              as_word(__floats2half2_rn(sums[2], sums[3])) & masks[1]}};
-            store_pack(reinterpret_cast<uint32_t*>(target + n * TILE::kPlane), words);
+        const auto store = [&](auto complete) {
+#pragma unroll
+            for (int n = 0; n < TILE::kTaskRows; ++n) {
+                float sums[TILE::kLines][4];
+                convolve(output + n, sums);
+                for (int line = 0; line < TILE::kLines; ++line) {
+                    Pack<uint32_t, 2> words = {{as_word(__floats2half2_rn(sums[line][0], sums[line][1])),
+                                                as_word(__floats2half2_rn(sums[line][2], sums[line][3]))}};
+                    if constexpr (!decltype(complete)::value) {
+                        for (int i = 0; i < 2; ++i) {
+                            const auto pixel = TILE::Core::pixel_of(part, line, 2 * i, lane);
+                            const int left = row_ + pixel.row < a_.height ? a_.width - column_ - pixel.column : 0;
+                            words.values[i] &= (left > 0 ? 0xffffu : 0) | (left > 1 ? 0xffff0000u : 0);
+                        }
+                    }
+                    store_pack(reinterpret_cast<uint32_t*>(target + n * TILE::kPlane + line * 128), words);
+                }
+            }
+        };
+        if (row_ + TILE::kRows <= a_.height && column_ + TILE::kColumns <= a_.width) {
+            store(Int<1>{});
+        } else {
+            store(Int<0>{});
         }
     }
 
@@ -253,11 +273,6 @@ class Epilogue {
     }
 
   private:
-    // A number for the four pixels that a lane has at once.
-    static __device__ int place_of(int row, int column) {
-        const int cells = row / 8 * (TILE::kColumns / 16) + column / 16;
-        return cells * 32 + threadIdx.x % 32;
-    }
     static __device__ void get(float (&c)[4], const float4& sum) {
         c[0] = sum.x;
         c[1] = sum.y;
@@ -304,20 +319,24 @@ class Epilogue {
 
     // Stores v of a chunk, of `units` units.
     __device__ void store(int chunk, int units) const {
-        const __half* const rows = stage(chunk);
-        for (int i = opaque(threadIdx.x); i < TILE::kPixels * kUnits; i += TILE::kThreads) {
-            const int unit = i % kUnits, slot = i / kUnits;
-            const int place = slot % (TILE::kPixels / 4), number = slot / (TILE::kPixels / 4);
-            const int cells = place / 32, lane = place % 32;
-            const int row = row_ + cells / (TILE::kColumns / 16) * 8 + lane / 4;
-            const int column =
-                column_ + cells % (TILE::kColumns / 16) * 16 + lane % 4 * 2 + number % 2 + number / 2 * 8;
-            if (unit >= units || row >= a_.height || column >= a_.width) continue;
-            const auto* const from = reinterpret_cast<const uint2*>(rows + slot * TILE::kRow + unit * kUnit);
-            const uint2 words[] = {from[0], from[1]};
-            auto* const to =
-                v_ + (int64_t{row} * a_.width + column) * a_.channels + chunk * kConvolvedChunk + unit * kUnit;
-            *reinterpret_cast<uint4*>(to) = {words[0].x, words[0].y, words[1].x, words[1].y};
+        constexpr int kStep = TILE::kThreads / kUnits;  // slots at a time, of 128 to a line
+        const int thread = opaque(threadIdx.x), unit = thread % kUnits, slot = thread / kUnits;
+        if (unit >= units) return;
+        const auto pixel = TILE::Core::pixel_of(0, 0, slot / 32, slot % 32);
+        const int64_t line = int64_t{a_.width} * a_.channels;
+        const auto* const from = reinterpret_cast<const uint2*>(stage(chunk) + slot * TILE::kRow + unit * kUnit);
+        __half* const to = v_ + (row_ + pixel.row) * line + int64_t{column_ + pixel.column} * a_.channels +
+                           chunk * kConvolvedChunk + unit * kUnit;
+        const int rows = column_ + pixel.column < a_.width ? a_.height - row_ - pixel.row : 0;
+#pragma unroll
+        for (int i = 0; i < TILE::kPixels / kStep; ++i) {
+            const int before = i * kStep;
+            const int row =
+                TILE::Core::pixel_of(before / 128 / TILE::kLines, before / 128 % TILE::kLines, before % 128 / 32, 0)
+                    .row;
+            const uint2* const words = from + before * TILE::kRow / 4;
+            if (row < rows)
+                *reinterpret_cast<uint4*>(to + row * line) = {words[0].x, words[0].y, words[1].x, words[1].y};
         }
     }
 
@@ -329,11 +348,10 @@ class Epilogue {
 
 // blockIdx is (head of an image, share of its tiles, role): with one role, blocks make v, q and k; with two, some make
 // q and k, and some v.
-template <int STEPS, int WIDTH>
-__global__ void __launch_bounds__(Tile<STEPS, WIDTH>::kThreads, Tile<STEPS, WIDTH>::kBlocksAtOnce)
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksAtOnce)
     qkv_kernel(const NormConvDepthwiseArguments arguments, __half* v, float* partials, int heads, int tiles,
                int share_tiles) {
-    using T = Tile<STEPS, WIDTH>;
     extern __shared__ uint4 shared[];
     allow_dependents();
     const int image = blockIdx.x / heads, head = blockIdx.x % heads;
@@ -372,7 +390,8 @@ __global__ void __launch_bounds__(Tile<STEPS, WIDTH>::kThreads, Tile<STEPS, WIDT
     }
 }
 
-// The tiles of an image, divided among blocks.  Without a look at the device: the order of sums is the same on each.
+// The tiles of an image, divided among blocks.  Without a look at the device's multiprocessors: the order of sums is
+// the same on all that have room for the same tiles.
 struct TileShares {
     int64_t tiles, count, per_share;
     int roles;
@@ -390,35 +409,38 @@ TileShares share_tiles(int64_t all_heads, int64_t height, int64_t width) {
     return shares;
 }
 
-// Returns launch(STEPS, WIDTH), both constants, for heads of these sizes; false if there is no kernel for them.
+// Returns launch(Tile<…>{}, WIDTH), the latter a constant, for heads of these sizes; false if there is no kernel for
+// them.
 template <typename Launch>
-bool dispatch_tile(int64_t heads, int64_t head_channels, Launch launch) {
-    const int64_t channels = heads * head_channels;
-    if (head_channels == 48) {
-        if (channels <= 48) return launch(Int<3>{}, Int<48>{});
-        if (channels <= 96) return launch(Int<6>{}, Int<48>{});
-        if (channels <= 192) return launch(Int<12>{}, Int<48>{});
-        if (channels <= 384) return launch(Int<24>{}, Int<48>{});
-    } else if (head_channels == 96) {
-        if (channels <= 96) return launch(Int<6>{}, Int<96>{});
-        if (channels <= 192) return launch(Int<12>{}, Int<96>{});
-        if (channels <= 384) return launch(Int<24>{}, Int<96>{});
+bool dispatch_tile(const Block& b, const Gpu& gpu, Launch launch) {
+    const int64_t channels = b.channels();
+    if (b.head_channels == 48) {
+        using Wide = Tile<3, 48, true>;
+        const int64_t tiles = b.batch * ceil_div(b.height, Wide::kRows) * ceil_div(b.width, Wide::kColumns);
+        if (channels <= 48 && 4 * tiles >= 3 * kMultiprocessors && Wide::kSharedBytes <= gpu.shared_bytes) {
+            return launch(Wide{}, Int<48>{});
+        }
+        if (channels <= 48) return launch(Tile<3, 48, false>{}, Int<48>{});
+        if (channels <= 96) return launch(Tile<6, 48, false>{}, Int<48>{});
+        if (channels <= 192) return launch(Tile<12, 48, false>{}, Int<48>{});
+        if (channels <= 384) return launch(Tile<24, 48, false>{}, Int<48>{});
+    } else if (b.head_channels == 96) {
+        if (channels <= 96) return launch(Tile<6, 96, false>{}, Int<96>{});
+        if (channels <= 192) return launch(Tile<12, 96, false>{}, Int<96>{});
+        if (channels <= 384) return launch(Tile<24, 96, false>{}, Int<96>{});
     }
     return false;
 }
 
 // Whether the GPU has room for what the sizes need, too.
-bool takes_tensor_cores(const Block& b) {
-    Gpu gpu;
+bool takes_tensor_cores(const Block& b, Gpu& gpu) {
     return b.type == DataType::kHalf && !find_gpu(gpu) && fits_residual_kernel(static_cast<int>(b.channels()), gpu) &&
-           dispatch_tile(b.heads, b.head_channels, [&](auto steps, auto width) {
-               return Tile<decltype(steps)::value, decltype(width)::value>::kSharedBytes <= gpu.shared_bytes;
-           });
+           dispatch_tile(b, gpu, [&](auto tile, auto) { return decltype(tile)::kSharedBytes <= gpu.shared_bytes; });
 }
 
 int64_t v_bytes(const Block& b) { return aligned(b.batch * b.pixels() * b.channels() * 2); }
 
-cudaError_t launch_fused(const Block& b, cudaStream_t stream) {
+cudaError_t launch_fused(const Block& b, const Gpu& gpu, cudaStream_t stream) {
     const int64_t all_heads = b.batch * b.heads;
     auto* const v = reinterpret_cast<__half*>(b.workspace);
     auto* const partials = reinterpret_cast<float*>(b.workspace + v_bytes(b));
@@ -437,14 +459,14 @@ cudaError_t launch_fused(const Block& b, cudaStream_t stream) {
                                                   b.subtract_mean != 0};
     cudaError_t error = cudaErrorInvalidValue;
     int64_t count = 0;
-    dispatch_tile(b.heads, b.head_channels, [&](auto steps, auto width) {
-        using T = Tile<decltype(steps)::value, decltype(width)::value>;
+    dispatch_tile(b, gpu, [&](auto tile, auto width) {
+        using T = decltype(tile);
         const TileShares shares = share_tiles<T>(all_heads, b.height, b.width);
         count = shares.count;
         const dim3 grid(all_heads, count, shares.roles);
-        error = launch_dependent(qkv_kernel<decltype(steps)::value, decltype(width)::value>, grid, T::kThreads,
-                                 T::kSharedBytes, stream, arguments, v, partials, static_cast<int>(b.heads),
-                                 static_cast<int>(shares.tiles), static_cast<int>(shares.per_share));
+        error = launch_dependent(qkv_kernel<T, decltype(width)::value>, grid, T::kThreads, T::kSharedBytes, stream,
+                                 arguments, v, partials, static_cast<int>(b.heads), static_cast<int>(shares.tiles),
+                                 static_cast<int>(shares.per_share));
         return true;
     });
     if (error) return error;
@@ -454,12 +476,8 @@ cudaError_t launch_fused(const Block& b, cudaStream_t stream) {
 
 int64_t fused_workspace_bytes(const Block& b) {
     const int64_t all_heads = b.batch * b.heads, width = b.head_channels;
-    int64_t tiles = 0;
-    dispatch_tile(b.heads, b.head_channels, [&](auto steps, auto constant) {
-        using T = Tile<decltype(steps)::value, decltype(constant)::value>;
-        tiles = share_tiles<T>(1, b.height, b.width).tiles;
-        return true;
-    });
+    // The smallest tiles, of which there are the most.
+    const int64_t tiles = share_tiles<Tile<3, 48, false>>(1, b.height, b.width).tiles;
     // A bound for all_heads · share_tiles(…).count, which itself goes up and down.
     const int64_t shares = std::min(all_heads * tiles, std::max(all_heads, kMostBlocks));
     return v_bytes(b) + shares * partial_size(width) * sizeof(float) + all_heads * width * width * sizeof(__half);
@@ -477,7 +495,8 @@ int64_t transposed_attention_block_workspace_bytes(DataType type, int64_t batch,
     block.head_channels = head_channels;
     block.height = height;
     block.width = width;
-    const int64_t fused = takes_tensor_cores(block) ? fused_workspace_bytes(block) : 0;
+    Gpu gpu;
+    const int64_t fused = takes_tensor_cores(block, gpu) ? fused_workspace_bytes(block) : 0;
     // More images than a grid takes go through the other kernels, for which the bytes of fewer must suffice, too.
     return fused > 0 && batch <= UINT16_MAX ? fused : std::max(fused, parts_workspace_bytes(block));
 }
@@ -511,7 +530,9 @@ cudaError_t launch_transposed_attention_block(DataType type, const void* x, cons
                          width,
                          epsilon,
                          subtract_mean};
-    return takes_tensor_cores(block) && batch <= UINT16_MAX ? launch_fused(block, stream) : launch_parts(block, stream);
+    Gpu gpu;
+    if (takes_tensor_cores(block, gpu) && batch <= UINT16_MAX) return launch_fused(block, gpu, stream);
+    return launch_parts(block, stream);
 }
 
 }  // namespace trt_graft

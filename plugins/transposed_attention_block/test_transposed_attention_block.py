@@ -247,6 +247,8 @@ def random_on_gpu(sizes, dtype):
         (2, 160, 2, 6, 11),
         (1, 432, 9, 5, 6),
         (140, 48, 1, 9, 17),  # more images than multiprocessors: several tiles for each block
+        (13, 48, 1, 40, 70),  # wide tiles: one for each block, several
+        (70, 48, 1, 17, 33),
         (140, 96, 1, 17, 18),
         (70, 192, 4, 17, 33),
         (300, 8, 1, 9, 7),

@@ -17,7 +17,7 @@ exported graph's on random inputs (FP32: exit status 1 above 1e-5 of the largest
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -345,8 +345,15 @@ def listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
+def described_defaults() -> Iterator[str]:
+    """The plugins that are not grafted unasked in every precision."""
+    for name in plugins.names():
+        left_out = [precision for precision in PRECISIONS if precision not in plugins.find(name).default_in]
+        if left_out:
+            yield name if len(left_out) == len(PRECISIONS) else f"{name} (in {', '.join(left_out)})"
+
+
 def main() -> int:
-    off = [name for name in plugins.names() if not plugins.find(name).on_by_default]
     arguments = parser(__doc__)
     arguments.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the patched graph (fp32)")
     arguments.add_argument(
@@ -358,7 +365,7 @@ def main() -> int:
         default=[],
         metavar="PLUGIN",
         dest="wanted",
-        help=f"also those that are off by default: {', '.join(off) or 'none'}",
+        help=f"also those that are off by default: {', '.join(described_defaults())}",
     )
     arguments.add_argument(
         "--keep-fp32", type=Path, metavar="FILE", help="FP16, but for the nodes whose names are the lines of FILE"
@@ -370,7 +377,8 @@ def main() -> int:
         without = plugins.names()
     else:
         without = [plugins.find(name).name for name in options.without]
-        without += set(off) - {plugins.find(name).name for name in options.wanted}
+        wanted = {plugins.find(name).name for name in options.wanted}
+        without += {name for name in plugins.names() if options.precision not in plugins.find(name).default_in} - wanted
     folder = BuildFolder(options.build_dir, options.model)
     manifest = folder.manifest()
     parts = [grafted(folder, part, without) for part in folder.parts()]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Dict, List, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
 
 from models.spec import Unusable
 
@@ -46,9 +46,9 @@ class Plugin:
         return self.pattern.OP
 
     @property
-    def on_by_default(self) -> bool:
-        """Whether surgery grafts it unasked: not where TensorRT's own layers are faster, or nobody has measured."""
-        return getattr(self.pattern, "ON_BY_DEFAULT", True)
+    def default_in(self) -> Tuple[str, ...]:
+        """The precisions in which surgery grafts it unasked: not where TensorRT's own layers are faster."""
+        return getattr(self.pattern, "DEFAULT_IN", ("fp32", "fp16"))
 
     @property
     def needs_fp32(self) -> bool:

@@ -177,7 +177,9 @@ def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(built):
     assert patched["encoder"]["in_place"] == {}
     grafted, owned = patched["step"]["plugins"], Counter(patched["step"]["owners"].values())
     assert {plugin: owned[plugin] for plugin in grafted} == grafted
-    assert set(owned) - set(grafted) <= {name for name in plugins.names() if not plugins.find(name).on_by_default}
+    assert set(owned) - set(grafted) <= {
+        name for name in plugins.names() if "fp16" not in plugins.find(name).default_in
+    }
 
 
 def test_surgery_finds_what_runs_in_place_only_where_nothing_reads_it_later():

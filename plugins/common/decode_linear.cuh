@@ -836,6 +836,7 @@ bool launch_bulk_linear(const DecodeLinear<__half>& a, const Gpu& gpu, cudaStrea
             }
         }
         const int warps = std::max(1, gpu.multiprocessors / kClusterBlocks) * kDecodeLinearWarps;
+        if (tiles > 4 * warps) return false;  // clusters that take turns wait for each other: 66 µs where 53 will do
         switch (ceil_div(tiles, warps)) {
             case 1:
                 return launch_cluster(Int<1>{}, granules, Int<1>{});

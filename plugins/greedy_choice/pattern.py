@@ -16,7 +16,6 @@ from plugins.matching import Constant, Either, Match, Op, Reshaped, Value, find,
 
 OP = "GreedyChoice"
 IN_PLACE = {0: 1, 1: 2, 2: 3}  # sequences, position and finished continue where they are
-ON_BY_DEFAULT = False  # not measured yet
 
 
 def first_of_each_row(node: gs.Node) -> bool:

@@ -69,8 +69,9 @@ def channel_first(y: Tensor, channels: int) -> Tensor:
     return y[..., :channels].permute(0, 3, 1, 2).contiguous()
 
 
-# A kernel sums in FP32 and rounds once.  FP32 sums in another order than PyTorch's differ by some units in the last
-# place; FP16 results by half a unit, or by one where the FP32 values straddle a boundary.
+# A kernel sums in FP32 and rounds once; only FP16 depthwise convolutions sum in FP16.  FP32 sums in another order than
+# PyTorch's differ by some units in the last place; FP16 results by half a unit, or by one where the FP32 values
+# straddle a boundary.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
 
 

@@ -82,11 +82,11 @@ def test_restormers_norms(built):
     kinds = compare.node_kinds(BuildFolder(built, "restormer"), ["channel_layer_norm"], 1)
     rows = [kind.described() for kind in kinds]
     assert [(row["count"], row["inputs"]) for row in rows] == [
-        (2, [[1, 16, 256, 256]]),
-        (8, [[1, 32, 128, 128]]),
-        (8, [[1, 64, 64, 64]]),
+        (4, [[1, 16, 256, 256]]),
+        (12, [[1, 32, 128, 128]]),
+        (16, [[1, 64, 64, 64]]),
         (4, [[1, 128, 32, 32]]),
-        (4, [[1, 32, 256, 256]]),
+        (8, [[1, 32, 256, 256]]),
     ]
     assert rows[0]["size"] == "batch 1, height 256, width 256"
     assert rows[0]["weights"] == [[16], [16]]
@@ -216,7 +216,8 @@ def test_a_worker_that_dies_is_one_row(small, monkeypatch, capsys):
     assert sum("**plugin loses**" in line for line in losing) == sum("**plugin loses**" in line for line in lines) > 4
     (row,) = (line for line in lines if "encoder_attention" in line and "| 4 |" in line)  # 8 µs over 2 µs
     assert row == (
-        "| encoder | batch 3 | encoder_attention | 3×65×64, 3×65×64, 3×65×64 → 3×65×64 | 2 | 8 | 2 | 4 | 0.0001 |  |"
+        "| encoder | batch 3 | encoder_attention "
+        "| 3×193×192, 3×193×192, 3×193×192 → 3×193×192 | 7 | 8 | 2 | 4 | 0.0001 |  |"
     )
     assert str(folder.path / "ablation.md") in capsys.readouterr().out
     assert not [path for path in folder.path.iterdir() if path.is_dir()]  # no graphs are left behind

@@ -219,6 +219,10 @@ def overflow_in_trocr(folder: Path) -> str:
     return f"{layer}.v_proj/"
 
 
+# q and k, which do not leave the larger plugins, cannot overflow there.
+SMALLER = {"restormer": ("--without", "gated_feed_forward", "transposed_attention_block"), "trocr": ()}
+
+
 def rounded_error(folder: BuildFolder) -> float:
     """Largest error of the FP16 graphs, stored as they say, against the exported ones on the check inputs."""
     worst = 0.0
@@ -235,7 +239,7 @@ def rounded_error(folder: BuildFolder) -> float:
 def test_guilty_node_of_a_model_is_found_and_kept(copied, model, break_it, limit):
     guilty, folder = break_it(copied), BuildFolder(copied, model)
     file = folder.path / "keep-fp32.txt"
-    surgery = ("surgeon.py", model, "--precision", "fp16", "--build-dir", copied)
+    surgery = ("surgeon.py", model, "--precision", "fp16", *SMALLER[model], "--build-dir", copied)
     run_step(*surgery)
     assert not rounded_error(folder) <= limit
 
@@ -434,7 +438,7 @@ def test_search_goes_on_without_tensorrt(copied, searched, capsys):
 @pytest.mark.skipif(gpu_name() is None, reason="no GPU")
 def test_tensorrt_names_the_guilty_tensor(copied):
     guilty, folder = overflow_in_restormer(copied), BuildFolder(copied, "restormer")
-    done = run_step("surgeon.py", "restormer", "--precision", "fp16", "--build-dir", copied)
+    done = run_step("surgeon.py", "restormer", "--precision", "fp16", *SMALLER["restormer"], "--build-dir", copied)
     assert done.returncode == 0, done.stderr
     python = os.environ.get("TRT_PYTHON", sys.executable)
     done = run_step("compare.py", "restormer", "--find-drift", "--build-dir", copied, "--trt-python", python)

@@ -172,7 +172,8 @@ def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(built):
     patched = json.loads((built / "trocr" / "manifest.json").read_text())["patched"]["fp16"]
     layers = range(2)
     assert patched["step"]["in_place"] == {
-        f"present_{kind}_{layer}": f"self_{kind}_{layer}" for layer in layers for kind in ("key", "value")
+        **{f"present_{kind}_{layer}": f"self_{kind}_{layer}" for layer in layers for kind in ("key", "value")},
+        **{f"next_{name}": name for name in ("sequences", "position", "finished")},
     }
     assert patched["encoder"]["in_place"] == {}
     grafted, owned = patched["step"]["plugins"], Counter(patched["step"]["owners"].values())

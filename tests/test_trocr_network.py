@@ -578,17 +578,16 @@ def check_texts(folder: Path, theirs: Any, known: list[list[int]]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_demo_runs_and_says_what_it_is(tmp_path: Path) -> None:
+def test_demo_reads(tmp_path: Path) -> None:
     loaded = network.load("demo")
-    assert "random weights, seed 0" in loaded.weights and "no trained demo checkpoint" in loaded.weights
+    assert "demo weights, trained by this project" in loaded.weights
     loaded.save_assets(tmp_path)
-    items = [sample.item for sample in SPEC.samples(loaded.settings)][:6]
+    samples = SPEC.samples(loaded.settings)
+    items = [sample.item for sample in samples]
     original = loaded.original(items)
     ours = SPEC.run(TorchExecutor(list(loaded.parts)), loaded.settings, tmp_path, items)
     assert SPEC.difference(original, ours) == {"differing outputs": 0, "CER % against reference": 0.0}
-    assert len({result.text for result in ours}) == len(items)
-    assert all(len(set(result.ids)) > 5 for result in ours)
-    assert network.load("demo").original(items[:1]) == original[:1]
+    assert SPEC.score(ours, [sample.truth for sample in samples])["CER %"] < 6
 
 
 @pytest.mark.parametrize("variant, parameters", [("small", 61_448_832), ("base", 384_802_560), ("large", 608_119_808)])

@@ -26,7 +26,7 @@ TASKS = {
     "gaussian-gray-denoising": replace(PUBLISHED, in_channels=1, out_channels=1, norm_bias=False),
     "real-denoising": replace(PUBLISHED, norm_bias=False),
 }
-DEMO = Architecture(dim=16, num_blocks=(1, 2, 2, 2), num_refinement_blocks=1)
+DEMO = Path(__file__).parent / "demo/restormer.safetensors"
 SEED = 0
 
 
@@ -34,8 +34,8 @@ def load(weights: str) -> LoadedModel:
     """`demo`, `random`, `random:TASK` or a checkpoint file; raises Unusable for anything else."""
     kind, _, variant = weights.partition(":")
     if weights == "demo":
-        network = random_network(DEMO)
-        origin = f"demo stand-in: random weights, seed {SEED}, small variant; no trained demo checkpoint exists yet"
+        network = read_checkpoint(DEMO)
+        origin = "demo weights, trained by this project against camera shake and noise"
     elif kind == "random":
         task = variant or "motion-deblurring"
         if task not in TASKS:

@@ -48,6 +48,7 @@ from models.trocr.tokenizer import brief
 
 MAX_POSITIONS = 512  # the longest cache that engines are built for
 SEED = 0
+DEMO = Path(__file__).parent / "demo"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is exported
@@ -631,7 +632,7 @@ def checkpoint(folder: Path, source: str) -> dict[str, Tensor]:
 
 
 def configs(variant: str, vocab_size: int | None = None) -> VisionEncoderDecoderConfig:
-    """The architecture of microsoft/trocr-{small,base}-handwritten and -large-printed, and a tiny one.
+    """The architecture of microsoft/trocr-{small,base}-handwritten and -large-printed.
 
     The output projection is not tied to the embeddings, as it is in the published base model: tied random weights
     repeat the token they are given.
@@ -654,11 +655,6 @@ def configs(variant: str, vocab_size: int | None = None) -> VisionEncoderDecoder
         encoder = ViTConfig(**large, image_size=384, qkv_bias=False)
         decoder = dict(activation_function="relu", max_position_embeddings=1024, cross_attention_hidden_size=1024)
         decoder |= dict(use_learned_position_embeddings=False, layernorm_embedding=False, scale_embedding=True)
-    else:
-        tiny: dict[str, Any] = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
-        encoder = ViTConfig(**tiny, image_size=[64, 256], qkv_bias=False)
-        decoder = dict(d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=256)
-        decoder |= dict(max_position_embeddings=128)
     if vocab_size:
         decoder["vocab_size"] = vocab_size
     return VisionEncoderDecoderConfig(
@@ -715,14 +711,9 @@ def random_model(variant: str) -> LoadedModel:
 
 
 def demo_model() -> LoadedModel:
-    """A stand-in until a trained demo checkpoint exists."""
-    vocabulary = tokenizers.character_vocabulary("".join(map(chr, range(0x20, 0x7F))))
-    model = random_weights(configs("tiny", len(vocabulary)))
-    start, end, pad = (vocabulary[token] for token in ("<s>", "</s>", "<pad>"))
-    generation = GenerationConfig(decoder_start_token_id=start, eos_token_id=end, pad_token_id=pad, max_length=64)
-    line = f"demo stand-in: random weights, seed {SEED}, tiny TrOCR (64×256 pixels, characters)"
-    line = f"{line}; no trained demo checkpoint exists yet"
-    return loaded(model, line, generation, trocr_images(64, 256), tokenizers.of_characters(vocabulary))
+    """The model in demo/, which this project has trained; its samples come on top of the usual ones."""
+    found = folder_model(DEMO, "demo weights, trained by this project on rendered lines")
+    return replace(found, settings={**found.settings, "demo": True})
 
 
 def gb2312() -> str:

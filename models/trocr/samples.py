@@ -1,4 +1,4 @@
-"""Text lines with known texts: rendered ones, lines of a photographed page, and the user's own."""
+"""Text lines with known texts: rendered ones, lines of a photographed page, the demo's own, and the user's."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ RENDERED = (
     ("STIXGeneralItalic.ttf", "with kind regards, Eleanor"),
     ("DejaVuSansMono-Oblique.ttf", "Total: $1,234.56"),
 )
+DEMO = Path(__file__).parent / "demo/samples"  # other fonts, Chinese and digits written by hand, photographed
 FONT_SIZE = 48  # pixels
 MARGIN = 12  # pixels
 
@@ -41,12 +42,16 @@ PAGE = (
 
 
 def samples(settings: Mapping[str, Any]) -> List[Sample]:
-    """All lines, as RGB images with their texts."""
+    """All lines, as RGB images with their texts; the demo's own are for the demo, which knows their characters."""
     import skimage.data
 
     page = Image.fromarray(skimage.data.page()).convert("RGB")
     made = [Sample(f"rendered-{i}", rendered(text, font), text) for i, (font, text) in enumerate(RENDERED, 1)]
-    return made + [Sample(f"page-{i}", page.crop(box), text) for i, (box, text) in enumerate(PAGE, 1)]
+    made += [Sample(f"page-{i}", page.crop(box), text) for i, (box, text) in enumerate(PAGE, 1)]
+    if settings.get("demo"):
+        rows = read_labels(DEMO / "labels.tsv", "text")
+        made += [Sample(f"demo-{Path(name).stem}", read(DEMO / name, settings), text) for _, name, text in rows]
+    return made
 
 
 def write_samples(settings: Mapping[str, Any], folder: Path) -> None:

@@ -9,7 +9,7 @@
 
 namespace trt_graft {
 
-// Element types of tensors.  Sums are FP32 for both.
+// Element types of tensors.  Sums are FP32 for both, but for the FP16 depthwise convolutions: see common/depthwise.cuh.
 enum class DataType : int32_t { kFloat = 0, kHalf = 1 };
 
 // Images are channel-last, (batch, height, width, pitch).  In FP16 that is TensorRT's kHWC8, whose pixels are padded to

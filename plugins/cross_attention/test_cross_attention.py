@@ -27,7 +27,7 @@ def test_function_is_the_reference(sizes, dtype):
 def test_pattern_replaces_those_of_trocr():
     matches = assert_replaces_in_trocr(PLUGIN, "step")
     assert {match.inputs[1].name for match in matches} == {"cross_key_0", "cross_key_1"}
-    assert all(match.attributes == {"scale": pytest.approx(0.25)} for match in matches)
+    assert all(match.attributes == {"scale": pytest.approx(32**-0.5)} for match in matches)
 
 
 def test_pattern_refuses_a_softmax_over_another_axis():

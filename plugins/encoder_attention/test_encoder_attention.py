@@ -28,7 +28,7 @@ def test_scores_beyond_fp16_stay_finite():
 
 def test_pattern_replaces_those_of_trocr():
     matches = assert_replaces_in_trocr(PLUGIN, "encoder")
-    assert all(match.attributes == {"heads": 4, "scale": pytest.approx(0.25)} for match in matches)
+    assert all(match.attributes == {"heads": 6, "scale": pytest.approx(32**-0.5)} for match in matches)
 
 
 def test_pattern_refuses_attention_with_a_mask():

@@ -34,7 +34,7 @@ def test_function_is_the_reference(shape, outputs, activation, dtype):
 def test_pattern_replaces_those_of_trocr():
     matches = assert_replaces_in_trocr(PLUGIN, "step")
     assert [match.attributes["activation"] for match in matches] == [0, ACTIVATIONS["gelu"]] * 2 + [0]
-    assert matches[-1].inputs[3].shape == (100, 64)  # the vocabulary
+    assert matches[-1].inputs[3].shape == (439, 192)  # the vocabulary
     assert not matches[-1].inputs[4].values.any()  # has no bias
 
 

@@ -32,7 +32,7 @@ def test_function_is_the_reference(shape, width, dtype):
 
 def test_pattern_replaces_those_of_trocr():
     matches = assert_replaces_in_trocr(PLUGIN, "step")
-    assert [match.inputs[3].shape for match in matches] == [(192, 64), (192, 64)]
+    assert [match.inputs[3].shape for match in matches] == [(576, 192), (576, 192)]
 
 
 class Projections(nn.Module):

@@ -28,7 +28,7 @@ def test_function_is_the_reference(shape, outputs, dtype):
 
 def test_pattern_replaces_those_of_trocr():
     matches = assert_replaces_in_trocr(PLUGIN, "step")
-    assert [match.inputs[1].shape for match in matches] == [(64, 64), (64, 64), (64, 256)] * 2
+    assert [match.inputs[1].shape for match in matches] == [(192, 192), (192, 192), (192, 512)] * 2
 
 
 class Residual(nn.Module):

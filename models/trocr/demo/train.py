@@ -289,7 +289,14 @@ class Training:
     """
 
     def __init__(
-        self, setup: Setup, source: Sources, device: str, seed: int, workers: int, checkpoint: Path | None
+        self,
+        setup: Setup,
+        source: Sources,
+        device: str,
+        seed: int,
+        workers: int,
+        checkpoint: Path | None,
+        compiled: bool = False,
     ) -> None:
         self.setup, self.seed, self.device = setup, seed, torch.device(device)
         self.step, self.seconds = 0, 0.0
@@ -311,6 +318,8 @@ class Training:
         if state:
             self.learner.load_state_dict(state["learner"])
             self.optimizer.load_state_dict(state["optimizer"])
+        if compiled:
+            self.learner.model.encoder.compile(dynamic=False)  # all batches have one size
 
     def save(self, checkpoint: Path) -> None:
         state = {
@@ -452,6 +461,7 @@ def main() -> int:
     parser.add_argument(
         "--setup", choices=SETUPS, default="demo", help="which network (demo); small: as the published one"
     )
+    parser.add_argument("--compile", action="store_true", help="compile the encoder")
     parser.add_argument("--smoke", action="store_true", help="a tiny network, six steps, no workers")
     arguments = parser.parse_args()
     setup, steps, workers = SETUPS[arguments.setup], arguments.steps, arguments.workers
@@ -460,7 +470,9 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")
 
     source = sources(arguments.fonts, held_out=False)
-    training = Training(setup, source, arguments.device, arguments.seed, workers, arguments.checkpoint)
+    training = Training(
+        setup, source, arguments.device, arguments.seed, workers, arguments.checkpoint, arguments.compile
+    )
     training.run(began + 60 * arguments.minutes, 60 * arguments.plan, steps, arguments.checkpoint)
     training.printers.close()
     print(f"{training.step} steps in {training.seconds / 60:.1f} minutes; storing and evaluating")

@@ -415,10 +415,10 @@ class NormConvDepthwise {
         for (int i = 0; i < kGranules * 16; i += WARPS) {
             copy_or_clear_word(to_granules + (i / 16 * 16 + i % 16 / 4) * 2, from + i * 2, i * 2 < left);
         }
-        if constexpr (kHalf) {  // with 16 threads, two copy the same word
-            const int word = first % 8, channel = kGranules * kGranule + word * 2;
-            copy_or_clear_word(to + kGranules * kGranule + (word % 2 * 4 + word / 2) * 2, from + channel - first * 2,
-                               channel - first * 2 < left);
+        static_assert(WARPS >= 8);
+        if (kHalf && first < 8) {
+            copy_or_clear_word(to + kGranules * kGranule + (first % 2 * 4 + first / 2) * 2, from + kGranules * kGranule,
+                               kGranules * kGranule < left);
         }
         const int unit = WARPS - 1 - warp();
         if (unit < kUnits && lane() < 11) {

@@ -100,6 +100,7 @@ __device__ void normalise(const __half* place, __half* target, const uint2* fact
     for (int k = 0; k < STEPS; ++k) {
         uint32_t x[4];
         deviations(x, k);
+        __syncwarp();  // other lanes have read what this one is to write
         for (int n = 0; n < 4; ++n) {
             const __half2 deviation = as_pair(x[n]);
             const uint2 words = factors[k * 8 + n / 2 * 4 + pair];

@@ -22,11 +22,10 @@
 
 #include "common/cluster.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/gelu.cuh"
 #include "common/pointwise.cuh"
 
 namespace trt_graft {
-
-enum class Activation : int32_t { kNone = 0, kGelu = 1, kRelu = 2 };
 
 constexpr int kMaxSplits = 3;  // parts of the outputs, each a tensor of its own
 constexpr int kMaxDecodeRows = 1 << 20;
@@ -50,8 +49,7 @@ struct DecodeLinear {
     Activation activation;
 
     __device__ void store(int row, int output, float sum) const {
-        if (activation == Activation::kGelu) sum *= 0.5f * (1 + erff(sum * 0.70710678f));
-        if (activation == Activation::kRelu) sum = sum < 0 ? 0 : sum;
+        sum = activated(sum, activation);
         T* target = y[0];
         for (int i = 1; i < kMaxSplits; ++i) {
             if (output >= width) {

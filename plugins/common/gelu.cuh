@@ -1,7 +1,9 @@
-// GELU, x · Φ(x) with Φ the normal distribution function: exact, and as fast as FP16 results need it.
+// Activations: GELU, x · Φ(x) with Φ the normal distribution function, exact and as fast as FP16 results need it; ReLU.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include "common/launch.h"
 
 namespace trt_graft {
 
@@ -23,6 +25,11 @@ __device__ inline float fast_gelu(float x) {
     asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(x * p));
     const float half = 0.5f * x;
     return fmaf(half, tanh, half);
+}
+
+__device__ inline float activated(float x, Activation activation) {
+    if (activation == Activation::kGelu) return exact_gelu(x);
+    return activation == Activation::kRelu && x < 0 ? 0 : x;  // NaN stays
 }
 
 }  // namespace trt_graft

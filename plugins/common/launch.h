@@ -12,6 +12,9 @@ namespace trt_graft {
 // Element types of tensors.  Sums are FP32 for both, but for the FP16 depthwise convolutions: see common/depthwise.cuh.
 enum class DataType : int32_t { kFloat = 0, kHalf = 1 };
 
+// What linear layers do last; operators have it as an attribute.
+enum class Activation : int32_t { kNone = 0, kGelu = 1, kRelu = 2 };
+
 // Images are channel-last, (batch, height, width, pitch).  In FP16 that is TensorRT's kHWC8, whose pixels are padded to
 // packs of 16 bytes; kernels never read the padding, and fill it with zeros.
 constexpr int64_t pitch(DataType type, int64_t channels) {

@@ -40,14 +40,6 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const __half* row) {
                  : "memory");
 }
 
-// One matrix; lanes 0 … 7 pass its rows.
-__device__ inline uint32_t load_matrix(const __half* row) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-    uint32_t word;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(word) : "r"(address) : "memory");
-    return word;
-}
-
 // Four matrices, transposed: column `group`, rows 2·pair and 2·pair + 1.
 __device__ inline void load_matrices_transposed(uint32_t (&words)[4], const __half* row) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));

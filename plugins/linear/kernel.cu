@@ -4,6 +4,7 @@
 // cores of any GPU, FP32 on its multiply-adds.
 #include <cuda_pipeline.h>
 
+#include "common/gelu.cuh"
 #include "common/kernel.cuh"
 #include "common/pointwise.cuh"
 #include "common/tensor_core.cuh"
@@ -21,13 +22,10 @@ struct Linear {
     T* y;             // (rows, outputs)
     int64_t rows;
     int inputs, outputs;
-    LinearActivation activation;
+    Activation activation;
 
     __device__ T rounded(float sum, int output) const {
-        sum += to_float(bias[output]);
-        if (activation == LinearActivation::kGelu) sum *= 0.5f * (1 + erff(sum * 0.70710678f));
-        if (activation == LinearActivation::kRelu) sum = sum < 0 ? 0 : sum;  // NaN stays
-        return from_float<T>(sum);
+        return from_float<T>(activated(sum + to_float(bias[output]), activation));
     }
 };
 
@@ -212,7 +210,7 @@ cudaError_t launch_linear(DataType type, const void* x, const void* weight, cons
                           int64_t inputs, int64_t outputs, int64_t activation, cudaStream_t stream) {
     if (rows * outputs == 0) return cudaSuccess;
     if (inputs < 0 || inputs > kMaxWidth || outputs > kMaxWidth) return cudaErrorInvalidValue;
-    if (activation < 0 || activation > static_cast<int64_t>(LinearActivation::kRelu)) return cudaErrorInvalidValue;
+    if (activation < 0 || activation > static_cast<int64_t>(Activation::kRelu)) return cudaErrorInvalidValue;
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error) return error;
@@ -226,7 +224,7 @@ cudaError_t launch_linear(DataType type, const void* x, const void* weight, cons
         a.rows = rows;
         a.inputs = static_cast<int>(inputs);
         a.outputs = static_cast<int>(outputs);
-        a.activation = static_cast<LinearActivation>(activation);
+        a.activation = static_cast<Activation>(activation);
         error = launch(a, device, stream);
     });
     return error ? error : launched;

@@ -4,8 +4,6 @@
 
 namespace trt_graft {
 
-enum class LinearActivation : int32_t { kNone = 0, kGelu = 1, kRelu = 2 };
-
 // y = activation(x · weightᵀ + bias).  Sums are FP32, and rounded once.
 //
 // x             (rows, inputs)

@@ -22,7 +22,7 @@ using cute::Shape;
 using Half = cutlass::half_t;
 
 struct ActivationArguments {
-    LinearActivation kind = LinearActivation::kNone;
+    Activation kind = Activation::kNone;
 };
 
 // Chosen at run time: a kernel for each activation would take thrice as long to compile, and all threads take the same
@@ -38,10 +38,10 @@ struct Activate<cutlass::Array<float, N>> {
     CUTLASS_DEVICE cutlass::Array<float, N> operator()(const cutlass::Array<float, N>& values,
                                                        const Arguments& activation) const {
         cutlass::Array<float, N> result = values;
-        if (activation.kind == LinearActivation::kGelu) {
+        if (activation.kind == Activation::kGelu) {
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < N; ++i) result[i] = fast_gelu(values[i]);  // erff would take longer than the product
-        } else if (activation.kind == LinearActivation::kRelu) {
+        } else if (activation.kind == Activation::kRelu) {
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < N; ++i) result[i] = values[i] < 0 ? 0 : values[i];  // NaN stays
         }
@@ -52,7 +52,7 @@ struct Activate<cutlass::Array<float, N>> {
 // Tiles of ROWS × OUTPUTS, DEPTH inputs at a time; clusters of CLUSTER blocks one below the other share their weights.
 template <int ROWS, int OUTPUTS, int DEPTH, int CLUSTER>
 cudaError_t launch(const void* x, const void* weight, const void* bias, void* y, int rows, int inputs, int outputs,
-                   LinearActivation activation, int multiprocessors, cudaStream_t stream) {
+                   Activation activation, int multiprocessors, cudaStream_t stream) {
     using Tile = Shape<Int<ROWS>, Int<OUTPUTS>, Int<DEPTH>>;
     using Cluster = Shape<Int<CLUSTER>, Int<1>, Int<1>>;
     using Arch = cutlass::arch::Sm90;
@@ -104,7 +104,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Large tiles read x and weight from L2 least often; but where half of the multiprocessors would have none, smaller
 // ones are done sooner.  Clusters pay where each multiprocessor has more than two.
 cudaError_t launch_linear_sm90(const void* x, const void* weight, const void* bias, void* y, int rows, int inputs,
-                               int outputs, LinearActivation activation, int multiprocessors, cudaStream_t stream) {
+                               int outputs, Activation activation, int multiprocessors, cudaStream_t stream) {
     const int64_t tiles = ceil_div(rows, 64) * ceil_div(outputs, 256);
     const auto launch_tiles = tiles > 2 * multiprocessors   ? launch<64, 256, 64, 2>
                               : 2 * tiles > multiprocessors ? launch<64, 256, 64, 1>

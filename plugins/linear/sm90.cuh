@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/launch.h"
-#include "linear/kernel.cuh"
 
 namespace trt_graft {
 
@@ -10,6 +9,6 @@ namespace trt_graft {
 //
 // x, weight and y begin on boundaries of 16 bytes; inputs and outputs are multiples of 8.
 cudaError_t launch_linear_sm90(const void* x, const void* weight, const void* bias, void* y, int rows, int inputs,
-                               int outputs, LinearActivation activation, int multiprocessors, cudaStream_t stream);
+                               int outputs, Activation activation, int multiprocessors, cudaStream_t stream);
 
 }  // namespace trt_graft

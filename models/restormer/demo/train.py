@@ -8,6 +8,7 @@ the one before left in the folder --out, and each writes restormer.safetensors a
 The learning rate falls over the total, so the weights are finished when the last run is.  The runs may differ in
 --batch and --crop.
 
+--initial begins with the weights that an earlier training has exported, whose runs the card then names, too.
 --smoke takes a few steps, in less than a minute on a CPU.  --benchmark times the ways of computing a step, then ends.
 --architecture published trains the full size of 26 million parameters.
 """
@@ -21,13 +22,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -36,7 +38,7 @@ from models.chain import replacing, run_script
 from models.restormer import checkpoint, samples
 from models.restormer.demo.batches import MARGIN, Pictures, training_pair
 from models.restormer.demo.drawings import draw
-from models.restormer.demo.evaluate import NOTES, by_package, picture_files, write_card
+from models.restormer.demo.evaluate import NOTES, by_package, picture_files, read_notes, write_card
 from models.restormer.network import Architecture, ChannelLayerNorm, Restormer, TransformerBlock
 from models.spec import Unusable
 
@@ -67,6 +69,7 @@ class Plan:
     seed: int
     compile: bool
     channels_last: bool
+    shifts: bool
 
 
 class Training:
@@ -80,6 +83,8 @@ class Training:
             self.network.to(memory_format=torch.channels_last)
         self.average = deepcopy(self.network).requires_grad_(False)
         for module in self.network.modules():
+            if plan.shifts and isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.forward = partial(shifted_convolution, module)  # type: ignore[method-assign]
             if isinstance(module, ChannelLayerNorm):
                 module.register_forward_pre_hook(to_single_precision)
             if plan.compile and isinstance(module, TransformerBlock):
@@ -181,11 +186,21 @@ class Training:
         self.random.set_state(state["random"])
         self.step, self.seconds, self.runs = state["step"], state["seconds"], state["runs"]
 
+    def begin_with(self, path: Path) -> None:
+        """Begins with exported weights, whose training goes on; raises Unusable if they are of another network."""
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+        try:
+            self.network.load_state_dict(tensors)
+        except RuntimeError as problem:
+            raise Unusable(f"{path} holds no weights of {self.plan.architecture}") from problem
+        self.average.load_state_dict(tensors)
+        self.runs = read_notes(path)["runs"]
+
     def export(self, path: Path, photographs: dict[str, int], drawings: int) -> None:
         """Stores the averaged weights in FP16, with notes on their training for the model card."""
         notes = {
             "runs": self.runs,
-            "step": self.step,
+            "step": sum(run["steps"] for run in self.runs),
             "progress": self.progress,
             "precision": "BF16 with norms in FP32" if self.on_gpu else "FP32",
             "photographs": photographs,
@@ -196,6 +211,18 @@ class Training:
         half = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
         with replacing(path) as temporary:
             save_file(half, temporary, {NOTES: json.dumps(notes)})
+
+
+def shifted_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A depthwise 3×3 convolution as the sum of nine shifted images, which a compiler puts into one kernel with what is
+    around it."""
+    height, width = x.shape[2:]
+    padded = nn.functional.pad(x, (1, 1, 1, 1))
+    weight = conv.weight.to(x.dtype)
+    y = sum(
+        padded[:, :, i : i + height, j : j + width] * weight[:, 0, i, j, None, None] for i in range(3) for j in range(3)
+    )
+    return y if conv.bias is None else y + conv.bias.to(x.dtype)[:, None, None]  # type: ignore[return-value]
 
 
 def to_single_precision(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -237,10 +264,10 @@ def refuse_held_out(photos: list[Path], held_out: list[Path]) -> None:
 
 def benchmark(plan: Plan, pictures: Pictures) -> None:
     """Prints how fast each way of computing a step is, and the memory it takes."""
-    for compiled in (False, True):
+    for compiled, shifts in ((False, False), (True, False), (True, True)):
         for channels_last in (False, True):
             torch.compiler.reset()
-            training = Training(replace(plan, compile=compiled, channels_last=channels_last), pictures)
+            training = Training(replace(plan, compile=compiled, channels_last=channels_last, shifts=shifts), pictures)
             for _ in range(5):
                 training.train_step().item()
             if training.on_gpu:
@@ -249,8 +276,8 @@ def benchmark(plan: Plan, pictures: Pictures) -> None:
             torch.stack([training.train_step() for _ in range(30)]).sum().item()
             rate = 30 / (time.monotonic() - started)
             memory = torch.cuda.max_memory_allocated() / 1e9 if training.on_gpu else math.nan
-            flags = f"{'--compile ' * compiled}{'--channels-last' * channels_last}" or "neither"
-            print(f"{flags:25} {rate:6.2f} steps/s, {memory:.1f} GB", flush=True)
+            flags = f"{'--compile ' * compiled}{'--shifts ' * shifts}{'--channels-last' * channels_last}" or "none"
+            print(f"{flags:35} {rate:6.2f} steps/s, {memory:.1f} GB", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -270,8 +297,10 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--compile", action="store_true", help="compile the transformer blocks")
     add("--channels-last", action="store_true", help="keep channels innermost in memory")
+    add("--shifts", action="store_true", help="depthwise convolutions as sums of shifted images")
+    add("--initial", type=Path, metavar="FILE", help="exported weights to begin with")
     add("--smoke", action="store_true", help="3 steps on small crops of 2 drawings")
-    add("--benchmark", action="store_true", help="time the four ways of computing a step, then end")
+    add("--benchmark", action="store_true", help="time the ways of computing a step, then end")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.steps, arguments.batch, arguments.crop, arguments.drawings = 3, 2, 32, 2
@@ -301,6 +330,8 @@ def main() -> int:
     if state.is_file():
         training.load(state)
         print(f"{state}: continuing at step {training.step}, {training.progress:.1%} of the total")
+    elif arguments.initial:
+        training.begin_with(arguments.initial)
     training.run(started + 60 * arguments.minutes)
     training.save(state)
     training.export(weights, by_package(photos), arguments.drawings)

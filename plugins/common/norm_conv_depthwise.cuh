@@ -18,6 +18,7 @@
 // the one, half with the other.  The caller's epilogue takes the sums from registers.
 #pragma once
 
+#include "common/norm_conv_depthwise.h"
 #include "common/pointwise.cuh"
 
 namespace trt_graft {
@@ -26,17 +27,6 @@ constexpr int kUnit = 8;                         // neighbouring outputs, whose 
 constexpr int kConvolvedChunk = 32;              // outputs
 constexpr int kUnits = kConvolvedChunk / kUnit;  // of a chunk
 constexpr int kNoUnit = -1;                      // in place of a unit's first output: zeros
-
-// Channels and outputs are multiples of 8.
-struct NormConvDepthwiseArguments {
-    const __half* x;                                  // an image of `channels`
-    const __half *norm_weight, *norm_bias;            // (channels)
-    const __half *weight, *bias;                      // (outputs, channels), (outputs)
-    const __half *depthwise_weight, *depthwise_bias;  // (outputs, 9), (outputs)
-    int channels, height, width;
-    float epsilon;
-    bool subtract_mean;
-};
 
 // The least odd number that is not below n.
 constexpr int odd(int n) { return n | 1; }

@@ -32,6 +32,7 @@ constexpr int kMaxWidth = 1 << 20;   // channels or outputs: their products with
 // The GPU that the caller has chosen.
 struct Gpu {
     int multiprocessors = 1, shared_bytes = 0;  // shared memory that one block may have
+    bool is_hopper = false;                     // compute capability 9.0: it runs what is compiled for sm_90a
 };
 
 inline cudaError_t find_gpu(Gpu& gpu) {
@@ -39,6 +40,10 @@ inline cudaError_t find_gpu(Gpu& gpu) {
     cudaError_t error = cudaGetDevice(&device);
     if (!error) error = cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (!error) error = cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    int major = 0, minor = 0;
+    if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    gpu.is_hopper = major == 9 && minor == 0;
     return error;
 }
 

@@ -49,6 +49,22 @@ __device__ inline void load_matrices_transposed(uint32_t (&words)[4], const __ha
                  : "memory");
 }
 
+// Stores four 8×8 matrices, transposed: lane l passes the address of what becomes row l % 8 of matrix l / 8, a column
+// of what the lanes have.  From compute capability 9.0 on.
+__device__ inline void store_matrices_transposed(void* row, const uint32_t (&words)[4]) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+// One matrix, with the rows of lanes 0 … 7.
+__device__ inline void store_matrix_transposed(void* row, uint32_t word) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" : : "r"(address), "r"(word) : "memory");
+}
+
 // c += a · b
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800

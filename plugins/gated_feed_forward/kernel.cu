@@ -4,14 +4,15 @@
 // to be busy all the time, also with the depthwise convolution.  There are two kernels.  The first one goes from x to
 // the gated hidden channels, see common/norm_conv_depthwise.cuh: what project_in makes, twice as wide, never goes to
 // memory.  A chunk has 16 channels of the gate and the 16 values that they are multiplied by.  Where an image has few
-// tiles, the hidden channels are cut into slices, one for a block, so that every multiprocessor has work.  The second
-// kernel is pointwise_conv_residual's.
+// tiles, the hidden channels are cut into slices, one for a block, so that every multiprocessor has work.  Up to 96
+// channels Hopper has a first kernel of its own, see sm90.cu.  The second kernel is pointwise_conv_residual's.
 //
 // FP32, and sizes that are not whole packs of 16 bytes, pass three other plugins' kernels, a strip of rows at a time.
 #include "common/gelu.cuh"
 #include "common/norm_conv_depthwise.cuh"
 #include "gated_depthwise_conv/kernel.cuh"
 #include "gated_feed_forward/kernel.cuh"
+#include "gated_feed_forward/sm90.cuh"
 #include "norm_pointwise_conv/kernel.cuh"
 #include "pointwise_conv_residual/kernel.cuh"
 
@@ -139,6 +140,22 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
     core.run(left < chunks ? left : chunks, units, gate);
 }
 
+NormConvDepthwiseArguments first_layers(const Arguments& a) {
+    const auto half = [](const void* pointer) { return static_cast<const __half*>(pointer); };
+    return {half(a.x),
+            half(a.norm_weight),
+            half(a.norm_bias),
+            half(a.project_in),
+            half(a.project_in_bias),
+            half(a.depthwise),
+            half(a.depthwise_bias),
+            static_cast<int>(a.channels),
+            static_cast<int>(a.height),
+            static_cast<int>(a.width),
+            a.epsilon,
+            a.subtract_mean != 0};
+}
+
 // Launches the kernel, if shared memory has room for it and the grid for its blocks.
 template <int STEPS, int WARPS, int STRIPS, int ROWS, int COLUMNS>
 bool try_gate_kernel(const Arguments& a, const Gpu& gpu, cudaStream_t stream, cudaError_t& error) {
@@ -155,23 +172,10 @@ bool try_gate_kernel(const Arguments& a, const Gpu& gpu, cudaStream_t stream, cu
     for (int64_t n = all - 1; n > 0; --n) {
         if (work(n) < work(best)) best = n;
     }
-    const auto half = [](const void* pointer) { return static_cast<const __half*>(pointer); };
-    const NormConvDepthwiseArguments arguments = {half(a.x),
-                                                  half(a.norm_weight),
-                                                  half(a.norm_bias),
-                                                  half(a.project_in),
-                                                  half(a.project_in_bias),
-                                                  half(a.depthwise),
-                                                  half(a.depthwise_bias),
-                                                  static_cast<int>(a.channels),
-                                                  static_cast<int>(a.height),
-                                                  static_cast<int>(a.width),
-                                                  a.epsilon,
-                                                  a.subtract_mean != 0};
     const int slices = static_cast<int>(ceil_div(all, best));
     error = launch_dependent(gate_kernel<STEPS, WARPS, STRIPS, ROWS, COLUMNS>, dim3(tiles * slices), WARPS * 32, kBytes,
-                             stream, arguments, static_cast<__half*>(a.workspace), static_cast<int>(a.hidden), slices,
-                             static_cast<int>(best));
+                             stream, first_layers(a), static_cast<__half*>(a.workspace), static_cast<int>(a.hidden),
+                             slices, static_cast<int>(best));
     return true;
 }
 
@@ -181,6 +185,12 @@ bool launch_gate_kernel(const Arguments& a, cudaStream_t stream, cudaError_t& er
     Gpu gpu;
     error = find_gpu(gpu);
     if (error) return true;
+#ifdef TRT_GRAFT_SM90
+    if (gpu.is_hopper && launch_gate_sm90(first_layers(a), a.workspace, a.batch, a.hidden, gpu.multiprocessors,
+                                          gpu.shared_bytes, stream, error)) {
+        return true;
+    }
+#endif
     // The larger the tile, the less of it is halo.  The second ones are for GPUs with 99 KB of shared memory.
     const auto launch = [&](auto... tries) { return (tries(a, gpu, stream, error) || ...); };
     if (a.channels <= 48) return launch(try_gate_kernel<3, 16, 5, 16, 32>, try_gate_kernel<3, 8, 6, 16, 16>);

@@ -1,0 +1,63 @@
+// The matrix products of a warpgroup, four warps whose first one has a number that is divisible by 4: wgmma, which only
+// sm_90a has.
+//
+// The first factor, 64 rows × 16, is in registers: warp w has rows 16·w … 16·w + 15, as fragments a of tensor_core.cuh.
+// The second one is in shared memory, and so is read once for all four warps.  The product's tiles of 8 columns are
+// fragments c.  wgmma works on while the warps go on; until wait_for_product, they must not touch its registers.
+#pragma once
+
+#include <cstdint>
+
+namespace trt_graft {
+
+// Finds the second factor: columns of packs of 16 bytes, 8 values that follow each other along the sum.  Eight columns'
+// packs are neighbours, 128 bytes; `next_pack` bytes on are those of the next 8 values, and `next_columns` bytes on
+// those of the next 8 columns.  (Matrix descriptor without swizzling, K-major: PTX ISA, 9.7.15.5.1.)
+struct Packs {
+    uint32_t address, next_pack, next_columns;
+
+    __device__ Packs moved(uint32_t bytes) const { return {address + bytes, next_pack, next_columns}; }
+    __device__ uint64_t descriptor() const {
+        uint64_t bits;
+        asm("mov.b64 %0, {%1, %2};" : "=l"(bits) : "r"(address >> 4 | next_pack >> 4 << 16), "r"(next_columns >> 4));
+        return bits;
+    }
+};
+
+// Before the first of several products: registers that they use have been written or read.
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// c = a · b, or c += a · b, 64 × 40.
+template <bool ADD>
+__device__ inline void start_product(float (&c)[5][4], const uint32_t (&a)[4], const Packs& b) {
+    asm volatile(
+        "{\n"
+        ".reg .pred add;\n"
+        "setp.ne.b32 add, %25, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n40k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19}, "
+        "{%20, %21, %22, %23}, %24, add, 1, 1, 0;\n"
+        "}\n"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),
+          "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),
+          "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "n"(ADD));
+}
+
+__device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all products that have been ended.
+__device__ inline void wait_for_product(float (&c)[5][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;"
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+                   "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+                   "+f"(c[4][2]), "+f"(c[4][3])
+                 :
+                 : "memory");
+}
+
+// Makes what this thread has stored in shared memory visible to wgmma, behind the next barrier.
+__device__ inline void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+}  // namespace trt_graft

@@ -16,7 +16,7 @@ from models.restormer.network import Architecture
 from models.spec import Unusable
 
 CPU = torch.device("cpu")
-PLAN = train.Plan("tiny", 1.0, 6, 2, 16, 1e-3, 0, False, False, False)
+PLAN = train.Plan("tiny", 1.0, 6, 2, 16, 1e-3, 0, False, False)
 
 
 @pytest.fixture(autouse=True)
@@ -122,23 +122,11 @@ def test_continued_training_is_uninterrupted_training(pictures, tmp_path):
         other.load(tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_shifted_convolution_is_the_convolution(bias):
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=bias)
-    x = torch.randn(2, 6, 5, 7, requires_grad=True)
-    results = []
-    for y in (conv(x), train.shifted_convolution(conv, x)):
-        results.append((y, *torch.autograd.grad(y.sin().sum(), [x, *conv.parameters()])))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 def test_training_begins_with_exported_weights(pictures, tmp_path):
     first = train.Training(PLAN, pictures)
     first.run(float("inf"))
     first.export(tmp_path / "first.safetensors", {}, 0)
-    second = train.Training(replace(PLAN, seed=1, shifts=True), pictures)
+    second = train.Training(replace(PLAN, seed=1), pictures)
     second.begin_with(tmp_path / "first.safetensors")
     for mine, theirs in ((second.network, first.average), (second.average, first.average)):
         torch.testing.assert_close(mine.state_dict(), theirs.half().float().state_dict(), rtol=0, atol=0)

@@ -22,7 +22,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -69,7 +68,6 @@ class Plan:
     seed: int
     compile: bool
     channels_last: bool
-    shifts: bool
 
 
 class Training:
@@ -83,8 +81,6 @@ class Training:
             self.network.to(memory_format=torch.channels_last)
         self.average = deepcopy(self.network).requires_grad_(False)
         for module in self.network.modules():
-            if plan.shifts and isinstance(module, nn.Conv2d) and module.groups > 1:
-                module.forward = partial(shifted_convolution, module)  # type: ignore[method-assign]
             if isinstance(module, ChannelLayerNorm):
                 module.register_forward_pre_hook(to_single_precision)
             if plan.compile and isinstance(module, TransformerBlock):
@@ -213,18 +209,6 @@ class Training:
             save_file(half, temporary, {NOTES: json.dumps(notes)})
 
 
-def shifted_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise 3×3 convolution as the sum of nine shifted images, which a compiler puts into one kernel with what is
-    around it."""
-    height, width = x.shape[2:]
-    padded = nn.functional.pad(x, (1, 1, 1, 1))
-    weight = conv.weight.to(x.dtype)
-    y = sum(
-        padded[:, :, i : i + height, j : j + width] * weight[:, 0, i, j, None, None] for i in range(3) for j in range(3)
-    )
-    return y if conv.bias is None else y + conv.bias.to(x.dtype)[:, None, None]  # type: ignore[return-value]
-
-
 def to_single_precision(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """A pre-hook for norms, whose means and squares autocast would leave in BF16."""
     return (inputs[0].float(),)
@@ -264,10 +248,10 @@ def refuse_held_out(photos: list[Path], held_out: list[Path]) -> None:
 
 def benchmark(plan: Plan, pictures: Pictures) -> None:
     """Prints how fast each way of computing a step is, and the memory it takes."""
-    for compiled, shifts in ((False, False), (True, False), (True, True)):
+    for compiled in (False, True):
         for channels_last in (False, True):
             torch.compiler.reset()
-            training = Training(replace(plan, compile=compiled, channels_last=channels_last, shifts=shifts), pictures)
+            training = Training(replace(plan, compile=compiled, channels_last=channels_last), pictures)
             for _ in range(5):
                 training.train_step().item()
             if training.on_gpu:
@@ -276,8 +260,8 @@ def benchmark(plan: Plan, pictures: Pictures) -> None:
             torch.stack([training.train_step() for _ in range(30)]).sum().item()
             rate = 30 / (time.monotonic() - started)
             memory = torch.cuda.max_memory_allocated() / 1e9 if training.on_gpu else math.nan
-            flags = f"{'--compile ' * compiled}{'--shifts ' * shifts}{'--channels-last' * channels_last}" or "none"
-            print(f"{flags:35} {rate:6.2f} steps/s, {memory:.1f} GB", flush=True)
+            flags = f"{'--compile ' * compiled}{'--channels-last' * channels_last}" or "neither"
+            print(f"{flags:25} {rate:6.2f} steps/s, {memory:.1f} GB", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -297,10 +281,9 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--compile", action="store_true", help="compile the transformer blocks")
     add("--channels-last", action="store_true", help="keep channels innermost in memory")
-    add("--shifts", action="store_true", help="depthwise convolutions as sums of shifted images")
     add("--initial", type=Path, metavar="FILE", help="exported weights to begin with")
     add("--smoke", action="store_true", help="3 steps on small crops of 2 drawings")
-    add("--benchmark", action="store_true", help="time the ways of computing a step, then end")
+    add("--benchmark", action="store_true", help="time the four ways of computing a step, then end")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.steps, arguments.batch, arguments.crop, arguments.drawings = 3, 2, 32, 2

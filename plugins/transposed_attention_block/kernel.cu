@@ -13,7 +13,8 @@
 // A head's q, k and v are made by one block, or q and k by one and v by another where there would be too few.  There
 // are no atomics; sums are taken in an order that depends on sizes only, so results repeat bit by bit.
 //
-// FP32, and heads of other sizes than Restormer's, go through the kernels of the plugins that this one fuses.
+// FP32, heads of other sizes than Restormer's, and images whose many pixels make up for what is written and read again,
+// go through the kernels of the plugins that this one fuses.
 #include <algorithm>
 
 #include "common/norm_conv_depthwise.cuh"
@@ -432,6 +433,12 @@ bool dispatch_tile(const Block& b, const Gpu& gpu, Launch launch) {
     return false;
 }
 
+// Where there is work enough for many blocks, the parts' kernels overtake: they do not make q, k and v of a halo.  Not
+// so up to 48 channels, where memory weighs most.  Limits are those measured on an H200, see docs/restormer-tuning.md.
+bool parts_are_faster(const Block& b) {
+    return b.channels() > 48 && b.batch * b.pixels() >= (b.channels() <= 96 ? 1 << 15 : 1 << 11);
+}
+
 // Whether the GPU has room for what the sizes need, too.
 bool takes_tensor_cores(const Block& b, Gpu& gpu) {
     return b.type == DataType::kHalf && !find_gpu(gpu) && fits_residual_kernel(static_cast<int>(b.channels()), gpu) &&
@@ -497,8 +504,8 @@ int64_t transposed_attention_block_workspace_bytes(DataType type, int64_t batch,
     block.width = width;
     Gpu gpu;
     const int64_t fused = takes_tensor_cores(block, gpu) ? fused_workspace_bytes(block) : 0;
-    // More images than a grid takes go through the other kernels, for which the bytes of fewer must suffice, too.
-    return fused > 0 && batch <= UINT16_MAX ? fused : std::max(fused, parts_workspace_bytes(block));
+    // Smaller images may go another way than the largest.
+    return std::max(fused, parts_workspace_bytes(block));
 }
 
 cudaError_t launch_transposed_attention_block(DataType type, const void* x, const void* norm_weight,
@@ -531,7 +538,9 @@ cudaError_t launch_transposed_attention_block(DataType type, const void* x, cons
                          epsilon,
                          subtract_mean};
     Gpu gpu;
-    if (takes_tensor_cores(block, gpu) && batch <= UINT16_MAX) return launch_fused(block, gpu, stream);
+    if (takes_tensor_cores(block, gpu) && batch <= UINT16_MAX && !parts_are_faster(block)) {
+        return launch_fused(block, gpu, stream);
+    }
     return launch_parts(block, stream);
 }
 

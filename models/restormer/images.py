@@ -5,7 +5,6 @@ Pillow decodes; OpenCV reads and writes 16-bit colour, which Pillow cannot.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from models.chain import replacing
+from models.images import opened
 from models.spec import ResultWriter, Unusable
 
 DEFAULT_OUT = Path("build/restormer/restored")
@@ -62,13 +62,11 @@ def is_input(path: Path, settings: Mapping[str, Any]) -> bool:
 def read_file(path: Path) -> Picture:
     """Decodes one file; raises Unusable when it is unreadable, truncated or too large to be a picture."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()
-                image = ImageOps.exif_transpose(opened)
-                sixteen_bit = is_sixteen_bit(opened, path)
-                icc_profile = opened.info.get("icc_profile")
+        with opened(path) as stored:
+            stored.load()
+            image = ImageOps.exif_transpose(stored)
+            sixteen_bit = is_sixteen_bit(stored, path)
+            icc_profile = stored.info.get("icc_profile")
     except Exception as problem:  # Pillow's decoders raise whatever they stumble over
         reason = "no such file" if not path.exists() else "not an image, or a damaged one"
         raise Unusable(f"{path}: {reason}") from problem

@@ -235,11 +235,11 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         executor = torch_executor
         if label == REFERENCE:
             torch_executor.recording = True
-            spec.run(executor, settings, folder.path, [sample.item for sample in task.samples[: spec.batch_size]])
+            spec.results(executor, settings, folder.path, [sample.item for sample in task.samples[: spec.batch_size]])
             torch_executor.recording = False
             (shared / "part_inputs.pickle").write_bytes(pickle.dumps(torch_executor.recorded, protocol=4))
         if kind == "pytorch":
-            run_batch = loaded.original or partial(spec.run, executor, settings, folder.path)
+            run_batch = loaded.original or partial(spec.results, executor, settings, folder.path)
             whole = loaded.workloads()
     elif kind == "tensorrt":
         tensorrt_executor = TensorRTExecutor(folder, precision)
@@ -251,7 +251,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         environment["ONNX Runtime"] = onnxruntime.__version__
         executor = OnnxRuntimeExecutor(folder, precision if kind == "patched" else "")
     if kind != "pytorch":
-        run_batch = partial(spec.run, executor, settings, folder.path)
+        run_batch = partial(spec.results, executor, settings, folder.path)
         whole = {name: partial(call, executor) for name, call in spec.workloads(settings).items()}
 
     parts, part_ms = {}, {}

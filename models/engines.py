@@ -161,7 +161,7 @@ def run_items(
 ) -> List[Any]:
     """What the model makes of items, in batches."""
     batches = [items[start : start + spec.batch_size] for start in range(0, len(items), spec.batch_size)]
-    return [result for batch in batches for result in spec.run(executor, settings, assets, batch)]
+    return [result for batch in batches for result in spec.results(executor, settings, assets, batch)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -287,8 +287,9 @@ class ModelSpec:
     workloads   settings → what is timed as a whole, by name: (executor) → anything
     is_input    (file in an input folder, settings) → whether it is one, rather than a companion of another
     read        (file, settings) → item; raises Unusable with the file's name
-    run         (executor, settings, build folder, items) → results
-    batch_size  how many items one call of `run` should get
+    prepare     (items, settings) → a batch as `run` takes it: what needs no executor, and is done while one is busy
+    run         (executor, settings, build folder, batch) → results
+    batch_size  how many items a batch should have
     writer      (-o argument or None) → context manager giving a ResultWriter; nothing half-written remains on failure
     samples     settings → the built-in samples
     write_samples  (settings, folder) → stores the samples as files, with a labels.tsv that `labelled` reads
@@ -307,7 +308,7 @@ class ModelSpec:
     title: str
     load: Callable[[str], LoadedModel]
     read: Callable[[Path, Mapping[str, Any]], Any]
-    run: Callable[[Executor, Mapping[str, Any], Path, Sequence[Any]], List[Any]]
+    run: Callable[[Executor, Mapping[str, Any], Path, Any], List[Any]]
     batch_size: int
     writer: Callable[[Optional[Path]], AbstractContextManager[ResultWriter]]
     samples: Callable[[Mapping[str, Any]], List[Sample]]
@@ -318,10 +319,15 @@ class ModelSpec:
     badness: Callable[[Mapping[str, float]], float]
     describe: Callable[[Any], str]
     bars: Mapping[str, Sequence[Bar]]
+    prepare: Callable[[Sequence[Any], Mapping[str, Any]], Any] = lambda items, settings: items
     untouched: Optional[Callable[[Any], Any]] = None
     picture: Optional[Callable[[Any, Path], None]] = None
     workloads: Callable[[Mapping[str, Any]], Mapping[str, Callable[[Executor], Any]]] = lambda settings: {}
     is_input: Callable[[Path, Mapping[str, Any]], bool] = lambda path, settings: True
+
+    def results(self, executor: Executor, settings: Mapping[str, Any], folder: Path, items: Sequence[Any]) -> List[Any]:
+        """What the model makes of items, in one batch."""
+        return self.run(executor, settings, folder, self.prepare(items, settings))
 
 
 def model_names() -> List[str]:

@@ -436,7 +436,7 @@ def run_folder(folder: Path, build: Path) -> tuple[list[Any], list[Any]]:
     loaded.save_assets(build)
     settings = json.loads(json.dumps(loaded.settings))
     items = pictures(5)
-    return loaded.original(items), SPEC.run(TorchExecutor(list(loaded.parts)), settings, build, items)
+    return loaded.original(items), SPEC.results(TorchExecutor(list(loaded.parts)), settings, build, items)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -585,7 +585,7 @@ def test_demo_reads(tmp_path: Path) -> None:
     samples = SPEC.samples(loaded.settings)
     items = [sample.item for sample in samples]
     original = loaded.original(items)
-    ours = SPEC.run(TorchExecutor(list(loaded.parts)), loaded.settings, tmp_path, items)
+    ours = SPEC.results(TorchExecutor(list(loaded.parts)), loaded.settings, tmp_path, items)
     assert SPEC.difference(original, ours) == {"differing outputs": 0, "CER % against reference": 0.0}
     assert SPEC.score(ours, [sample.truth for sample in samples])["CER %"] < 6
 

@@ -43,17 +43,18 @@ def results_of(decoded: Sequence[Decoded], reader: tokenizer.Tokenizer, clean_up
     return [TextResult(tokenizer.text_of(reader, one.ids, clean_up), one.ids, one.score) for one in decoded]
 
 
-def run(
-    executor: Executor, settings: Mapping[str, Any], folder: Path, items: Sequence[Image.Image]
-) -> List[TextResult]:
-    """Recognises the text in each image; `folder` holds the tokenizer."""
+def prepare(items: Sequence[Image.Image], settings: Mapping[str, Any]) -> np.ndarray:
+    return preprocess(items, settings["images"])
+
+
+def run(executor: Executor, settings: Mapping[str, Any], folder: Path, pixel_values: np.ndarray) -> List[TextResult]:
+    """Recognises the text in each prepared image (B, 3, H, W); `folder` holds the tokenizer."""
     reader = tokenizer.saved(folder)
     generation = Generation.from_json(settings["generation"])
     at_once = max(1, executor.limits("step")["batch"][1] // generation.num_beams)
     decoded: List[Decoded] = []
-    for start in range(0, len(items), at_once):
-        pixel_values = preprocess(items[start : start + at_once], settings["images"])
-        decoded += recognise(executor, settings, generation, pixel_values)
+    for start in range(0, len(pixel_values), at_once):
+        decoded += recognise(executor, settings, generation, pixel_values[start : start + at_once])
     return results_of(decoded, reader, settings["clean_up"])
 
 

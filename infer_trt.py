@@ -554,31 +554,32 @@ def computed(call: Callable[..., Any], *arguments: Any) -> Tuple[Any, float]:
 
 
 class Stopwatch:
-    """Seconds by what they were spent on."""
+    """Seconds by what they were spent on, beside writing and what little else there is."""
 
     def __init__(self) -> None:
-        self.seconds: Dict[str, float] = {}
+        self.started = time.perf_counter()
+        self.seconds = {LOADING: 0.0, "waiting for images": 0.0, "execution": 0.0}
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+        self.seconds[what] += time.perf_counter() - started
 
+    def summary(self, images: int, reading_s: float) -> str:
+        """How quick it was, and what took the time; loading apart, which does not depend on the number of images."""
+        total = time.perf_counter() - self.started - self.seconds[LOADING]
+        spent = {what: seconds for what, seconds in self.seconds.items() if what != LOADING}
+        spent["writing"] = total - sum(spent.values())
 
-def summary(images: int, spent: Mapping[str, float], reading_s: float) -> str:
-    """How quick it was, and what took the time; loading apart, which does not depend on the number of images."""
-    parts = {what: seconds for what, seconds in spent.items() if what != LOADING}
-    total = sum(parts.values())
+        def share(seconds: float) -> str:
+            return f"{seconds:.1f} s ({100 * seconds / total:.0f} %)"
 
-    def share(seconds: float) -> str:
-        return f"{seconds:.1f} s ({100 * seconds / total:.0f} %)"
-
-    shares = ", ".join(f"{what} {share(seconds)}" for what, seconds in parts.items())
-    return (
-        f"{images} images in {total:.1f} s, {images / total:.3g} a second: {shares}; meanwhile threads computed"
-        f" {share(reading_s)} to read and prepare them; {LOADING} took {spent[LOADING]:.1f} s before"
-    )
+        shares = ", ".join(f"{what} {share(seconds)}" for what, seconds in spent.items())
+        return (
+            f"{images} images in {total:.1f} s, {images / total:.3g} a second: {shares}; meanwhile threads computed"
+            f" {share(reading_s)} to read and prepare them; {LOADING} took {self.seconds[LOADING]:.1f} s before"
+        )
 
 
 def main() -> int:
@@ -605,13 +606,13 @@ def main() -> int:
                     executor = open_executor(folder, options.precision, options.executor)
             with watch.on("execution"):
                 results = spec.run(executor, settings, folder.path, batch.prepared)
-            with watch.on("writing"), tqdm.external_write_mode(file=sys.stdout):
+            with tqdm.external_write_mode(file=sys.stdout):
                 for path, item, result in zip(batch.paths, batch.items, results):
                     writer.write(path, item, result)
             progress.update(len(batch.paths))
             reading_s += batch.reading_s
     if len(paths) > 1:
-        print(summary(len(paths), watch.seconds, reading_s), file=sys.stderr)
+        print(watch.summary(len(paths), reading_s), file=sys.stderr)
     return 0
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer_trt import READ_AHEAD, Batch, read_ahead, summary
+from infer_trt import READ_AHEAD, Batch, Stopwatch, read_ahead
 from models.images import opened
 from models.restormer import SPEC as RESTORMER
 from models.spec import Unusable
@@ -135,9 +135,16 @@ def test_images_too_large_to_be_true_are_refused_in_every_thread(
         assert image.size == (50, 30)
 
 
-def test_summary() -> None:
-    spent = {"waiting for images": 0.25, "loading the model": 7.0, "execution": 9.0, "writing": 0.75}
-    assert summary(2000, spent, 4.0) == (
+def test_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading is no part of it; what no one watched is writing."""
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    watch = Stopwatch()
+    for what, seconds in (("waiting for images", 0.25), ("loading the model", 7), ("execution", 4), ("execution", 5)):
+        with watch.on(what):
+            now += seconds
+    now += 0.75
+    assert watch.summary(2000, 4.0) == (
         "2000 images in 10.0 s, 200 a second: waiting for images 0.2 s (2 %), execution 9.0 s (90 %), writing 0.8 s"
         " (8 %); meanwhile threads computed 4.0 s (40 %) to read and prepare them; loading the model took 7.0 s before"
     )

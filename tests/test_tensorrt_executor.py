@@ -348,7 +348,7 @@ def test_limits_are_the_engines(executor):
     tested = executor(True)
     tested.engines["encoder"].part = capped(tested.parts["encoder"], {"batch": 4})
     assert tested.limits("encoder") == {"batch": (1, 4)}
-    assert tested.limits("step")["batch"] == (1, 32)
+    assert tested.limits("step")["batch"] == (1, 64)
 
 
 def test_latencies_are_as_many_as_asked_for(executor):

@@ -21,7 +21,8 @@ from models.trocr.images import preprocess
 CACHE_STEP = 8  # cache capacities are multiples of this: few distinct shapes, aligned rows
 TIMED_TOKENS = 20
 TIMED_BATCHES = (1, 8, 32)
-MAX_ROWS = 32  # largest batch that engines are built for; a beam search takes num_beams rows for each image
+MAX_ROWS = 64  # largest batch that engines are built for; a beam search takes num_beams rows for each image
+TUNED_ROWS = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def timed_images(settings: Mapping[str, Any]) -> Dict[str, np.ndarray]:
         f"batch {batch}, {TIMED_TOKENS} tokens": random.uniform(
             -1, 1, (batch, 3, settings["height"], settings["width"])
         ).astype(np.float32)
-        for batch in TIMED_BATCHES
+        for batch in (*TIMED_BATCHES, MAX_ROWS)
     }
 
 

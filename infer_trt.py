@@ -210,7 +210,7 @@ class TensorRTExecutor:
         plugins.load_library()
         manifest, here = folder.manifest(), identity(self.tensorrt)
         built = manifest.get("engines", {}).get(precision, {})
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.runtime = self.tensorrt.started("Runtime", trt.Logger(trt.Logger.ERROR))
         self.engines: Dict[str, Any] = {}
         for name in self.parts:
             path = folder.require(folder.engine(name, precision), *step)

@@ -17,8 +17,8 @@ import pytest
 
 import compare
 import plugins
-from build_engine import find_tensorrt, gpu_name
-from models import ablation, drift, engines
+from build_engine import COMPUTE_CAPABILITIES, build, find_tensorrt, gpu_name
+from models import ablation, drift
 from models.chain import BuildFolder
 from tests.conftest import MODELS, run_step
 
@@ -163,7 +163,9 @@ def test_tensorrt_builds_the_layers(small, tmp_path, model):
     for kind in one_of_each(BuildFolder(small, model)):
         compare.write_node(kind, folder, ["fp32", "fp16"])
         for precision in ("fp32", "fp16"):
-            assert engines.built_alone(tensorrt, folder.onnx("layers", precision), precision, tmp_path / "timings")
+            part = next(part for part in folder.parts() if part.name == "layers")
+            source, timings = folder.onnx("layers", precision), tmp_path / "timings"
+            assert build(tensorrt, part, source, precision, COMPUTE_CAPABILITIES, timings, isolated=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,7 +13,7 @@ import pytest
 import compare
 import plugins
 import surgeon
-from build_engine import capped
+from build_engine import TensorRT, capped
 from compare import by_plugin, error_statistics, kind_and_precision, labels_of, random_inputs
 from infer_trt import nearest
 from models.chain import BuildFolder
@@ -162,6 +163,19 @@ def test_capped_part():
     assert part.profiles() == [{"batch": 1, "length": 64}]
     with pytest.raises(Unusable, match="length begins at 8"):
         capped(PART, {"length": 4})
+
+
+@pytest.mark.parametrize("made", [None, TypeError("pybind11::init(): factory function returned nullptr")])
+def test_tensorrt_that_cannot_use_the_gpu(made):
+    """As where the driver is older than CUDA wants it."""
+
+    def builder(logger):
+        if made:
+            raise made
+
+    tensorrt = TensorRT(SimpleNamespace(Builder=builder, __version__="11.2"), "TensorRT", builds_without_gpu=False)
+    with pytest.raises(Unusable, match="TensorRT 11.2 cannot start here: is a GPU there, and its driver new enough?"):
+        tensorrt.started("Builder", None)
 
 
 def test_errors_keep_nan():

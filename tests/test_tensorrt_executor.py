@@ -368,7 +368,7 @@ def measure_node(stand_in: TensorRT, monkeypatch: pytest.MonkeyPatch) -> Callabl
     """`engines.measure_node` in FP16, with graphs for engines."""
     for module in (engines, infer_trt):
         monkeypatch.setattr(module, "identity", lambda tensorrt: HERE)
-    monkeypatch.setattr(engines, "built_alone", lambda tensorrt, source, precision, timings: source.read_bytes())
+    monkeypatch.setattr(engines, "build", lambda tensorrt, part, source, *_, isolated: source.read_bytes())
     return lambda folder: engines.measure_node(folder, "fp16", stand_in)
 
 

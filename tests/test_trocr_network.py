@@ -660,9 +660,15 @@ def test_demo_reads(tmp_path: Path) -> None:
     assert SPEC.score(ours, [sample.truth for sample in samples])["CER %"] < 6
 
 
-@pytest.mark.parametrize("variant, parameters", [("small", 61_448_832), ("base", 384_802_560), ("large", 608_119_808)])
-def test_random_variants_have_the_published_shapes(variant: str, parameters: int) -> None:
-    model = network.built(network.configs(variant), variant)  # on the meta device
+@pytest.mark.parametrize(
+    "variant, vocabulary, parameters",
+    [
+        *(("small", None, 61_448_832), ("base", None, 384_802_560), ("large", None, 608_119_808)),
+        ("base", 7545, 297_312_000),  # random:chinese
+    ],
+)
+def test_random_variants_have_the_published_shapes(variant: str, vocabulary: int | None, parameters: int) -> None:
+    model = network.built(network.configs(variant, vocabulary), variant)  # on the meta device
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert not hasattr(model, "enc_to_dec_proj")
 
@@ -670,6 +676,7 @@ def test_random_variants_have_the_published_shapes(variant: str, parameters: int
 def test_gb2312_is_a_vocabulary_of_distinct_characters() -> None:
     characters = network.gb2312()
     assert len(set(characters)) == len(characters) == 95 + 7445
+    assert len(tokenizer.character_vocabulary(characters)) == 7545
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,16 @@ class TensorRT:
     def strongly_typed(self) -> bool:
         return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
+    def started(self, kind: str, logger: Any) -> Any:
+        """The module's Builder or Runtime; raises Unusable where CUDA does not let it begin."""
+        try:
+            made = getattr(self.module, kind)(logger)
+        except TypeError:  # what pybind11 makes of a null pointer
+            made = None
+        if made is None:
+            raise Unusable(f"{self} cannot start here: is a GPU there, and its driver new enough?")
+        return made
+
     def scratch_bytes(self, engine: Any) -> int:
         """Device memory for intermediate results, enough for any shapes that the engine takes."""
         return engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
@@ -123,17 +133,23 @@ def identity(tensorrt: TensorRT) -> Dict[str, Optional[str]]:
 
 
 def build(
-    tensorrt: TensorRT, part: Part, source: Path, precision: str, capabilities: Sequence[str], timings: Path
+    tensorrt: TensorRT,
+    part: Part,
+    source: Path,
+    precision: str,
+    capabilities: Sequence[str],
+    timings: Path,
+    isolated: bool = False,
 ) -> bytes:
     """Parses a patched graph and builds its engine; raises Unusable with the nodes that TensorRT refuses.
 
-    timings  a file with the kernel timings of earlier builds, which is brought up to date
+    timings   a file with the kernel timings of earlier builds, which is brought up to date
+    isolated  a single node's graph, of static shapes: images in FP16 may be channel-last at its ends where TensorRT is
+              quicker so, as they are between the layers of a network
     """
     trt = tensorrt.module
     logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise Unusable(f"{tensorrt} cannot start a builder here: is a GPU with its driver there?")
+    builder = tensorrt.started("Builder", logger)
     network = builder.create_network(tensorrt.network_flags)
     onnx_parser = trt.OnnxParser(network, logger)
     with_plugins = not tensorrt.builds_without_gpu and plugins.load_library() is not None
@@ -146,7 +162,11 @@ def build(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if precision == "fp16" and not tensorrt.strongly_typed:
         config.set_flag(trt.BuilderFlag.FP16)
-    for sizes in part.profiles():
+    if isolated:
+        for tensor in ends_of(network):
+            if len(tensor.shape) == 4 and tensor.dtype == trt.float16:
+                tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR) | 1 << int(trt.TensorFormat.HWC8)
+    for sizes in [] if isolated else part.profiles():
         profile = builder.create_optimization_profile()
         for tensor in part.inputs:
             profile.set_shape(tensor.name, *profile_shapes(part, tensor, sizes))
@@ -164,6 +184,11 @@ def build(
         with replacing(timings) as temporary:
             temporary.write_bytes(config.get_timing_cache().serialize())
     return bytes(engine)
+
+
+def ends_of(network: Any) -> List[Any]:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    return inputs + [network.get_output(index) for index in range(network.num_outputs)]
 
 
 def for_compute_capabilities(config: Any, chosen: Sequence[Any]) -> None:

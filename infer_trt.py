@@ -14,14 +14,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import os
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Generator, List, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -29,10 +32,13 @@ from tqdm import tqdm
 import plugins
 from build_engine import find_tensorrt, gpu_name, identity
 from models.chain import PRECISIONS, BuildFolder, parser, run_script
-from models.spec import Executor, Unusable, loop_of_runs
+from models.spec import Executor, ModelSpec, Unusable, loop_of_runs
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
 EXECUTORS = ("auto", "tensorrt", "onnxruntime")
+READERS = min(8, os.cpu_count() or 1)  # threads; Pillow and numpy let each other work
+LOADING = "loading the model"
+READ_AHEAD = 3  # batches; more would only take memory
 
 
 class OnnxRuntimeExecutor:
@@ -204,7 +210,7 @@ class TensorRTExecutor:
         plugins.load_library()
         manifest, here = folder.manifest(), identity(self.tensorrt)
         built = manifest.get("engines", {}).get(precision, {})
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.runtime = self.tensorrt.started("Runtime", trt.Logger(trt.Logger.ERROR))
         self.engines: Dict[str, Any] = {}
         for name in self.parts:
             path = folder.require(folder.engine(name, precision), *step)
@@ -499,6 +505,83 @@ def collect(paths: Sequence[Path], folder: BuildFolder, settings: Mapping[str, A
     return found
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Images that run at once: their files, what these hold, and that as the model takes it.
+
+    reading_s  seconds that threads have computed for this
+    """
+
+    paths: Sequence[Path]
+    items: Sequence[Any]
+    prepared: Any
+    reading_s: float
+
+
+def read_ahead(spec: ModelSpec, settings: Mapping[str, Any], paths: Sequence[Path]) -> Generator[Batch, None, None]:
+    """The images in batches, in order.  A file that cannot be read raises Unusable in its batch's turn.
+
+    Threads read and prepare the next batches while one is in use; none before the first has been asked for again.
+    """
+    batches = (paths[start : start + spec.batch_size] for start in range(0, len(paths), spec.batch_size))
+    pool = ThreadPoolExecutor(READERS)
+
+    def begun(batch: Sequence[Path]) -> Future[Batch]:
+        reads = [pool.submit(computed, spec.read, path, settings) for path in batch]
+        return pool.submit(assembled, batch, reads)  # tasks begin in order: all that it waits for have begun
+
+    def assembled(batch: Sequence[Path], reads: Sequence[Future[Tuple[Any, float]]]) -> Batch:
+        items, seconds = zip(*(read.result() for read in reads))
+        prepared, last = computed(spec.prepare, items, settings)
+        return Batch(batch, items, prepared, sum(seconds) + last)
+
+    ahead: Deque[Future[Batch]] = deque()
+    try:
+        yield from (begun(batch).result() for batch in itertools.islice(batches, 1))
+        while True:
+            ahead.extend(begun(batch) for batch in itertools.islice(batches, READ_AHEAD + 1 - len(ahead)))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def computed(call: Callable[..., Any], *arguments: Any) -> Tuple[Any, float]:
+    """The result of a call, and the seconds that this thread has computed for it."""
+    started = time.thread_time()
+    return call(*arguments), time.thread_time() - started
+
+
+class Stopwatch:
+    """Seconds by what they were spent on, beside writing and what little else there is."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds = {LOADING: 0.0, "waiting for images": 0.0, "execution": 0.0}
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
+
+    def summary(self, images: int, reading_s: float) -> str:
+        """How quick it was, and what took the time; loading apart, which does not depend on the number of images."""
+        total = time.perf_counter() - self.started - self.seconds[LOADING]
+        spent = {what: seconds for what, seconds in self.seconds.items() if what != LOADING}
+        spent["writing"] = total - sum(spent.values())
+
+        def share(seconds: float) -> str:
+            return f"{seconds:.1f} s ({100 * seconds / total:.0f} %)"
+
+        shares = ", ".join(f"{what} {share(seconds)}" for what, seconds in spent.items())
+        return (
+            f"{images} images in {total:.1f} s, {images / total:.3g} a second: {shares}; meanwhile threads computed"
+            f" {share(reading_s)} to read and prepare them; {LOADING} took {self.seconds[LOADING]:.1f} s before"
+        )
+
+
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="image files or folders of them")
@@ -510,16 +593,26 @@ def main() -> int:
     spec, settings = folder.spec, folder.manifest()["settings"]
     paths = collect(options.inputs, folder, settings)
     executor: Optional[Executor] = None
-    with spec.writer(options.out) as writer, tqdm(total=len(paths), unit="image", disable=len(paths) == 1) as progress:
-        for start in range(0, len(paths), spec.batch_size):
-            batch = paths[start : start + spec.batch_size]
-            items = [spec.read(path, settings) for path in batch]
-            executor = executor or open_executor(folder, options.precision, options.executor)
-            results = spec.run(executor, settings, folder.path, items)
+    watch, reading_s = Stopwatch(), 0.0
+    progress = tqdm(total=len(paths), unit="image", disable=len(paths) == 1)
+    with spec.writer(options.out) as writer, closing(read_ahead(spec, settings, paths)) as batches, progress:
+        while True:
+            with watch.on("waiting for images"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            if executor is None:
+                with watch.on(LOADING):
+                    executor = open_executor(folder, options.precision, options.executor)
+            with watch.on("execution"):
+                results = spec.run(executor, settings, folder.path, batch.prepared)
             with tqdm.external_write_mode(file=sys.stdout):
-                for path, item, result in zip(batch, items, results):
+                for path, item, result in zip(batch.paths, batch.items, results):
                     writer.write(path, item, result)
-            progress.update(len(batch))
+            progress.update(len(batch.paths))
+            reading_s += batch.reading_s
+    if len(paths) > 1:
+        print(watch.summary(len(paths), reading_s), file=sys.stderr)
     return 0
 
 

@@ -56,7 +56,7 @@ wsl_hint() {
 # Container: the image is the set-up; each command gets a container of its own, so that two can run at once
 # ----------------------------------------------------------------------------------------------------------------------
 
-container_ready() { docker image inspect "$image" >/dev/null 2>&1; }
+container_ready() { [[ -e build/plugins/libtrt_graft.so ]] && docker image inspect "$image" >/dev/null 2>&1; }
 
 container_set_up() {
     # Without a value, --build-arg takes the environment's; where that has none, the Dockerfile's default stays.
@@ -64,10 +64,19 @@ container_set_up() {
     container_run nvidia-smi -L </dev/null >/dev/null || # standard input is the command's alone, too
         die "containers do not see the GPU: install nvidia-container-toolkit, or on WSL2 use Docker Desktop"
     say "compiling the plugins, which takes a few minutes the first time"
-    {
-        container_run cmake -S plugins -B build/plugins -G Ninja -D TRT_GRAFT_ARCHITECTURES=native &&
+    { # afresh: TensorRT, CUDA and the GPU may be others than they were
+        container_run cmake --fresh -S plugins -B build/plugins -G Ninja -D TRT_GRAFT_ARCHITECTURES=native &&
             container_run ninja -C build/plugins
     } </dev/null >&2 || die "the plugins do not compile: see above"
+}
+
+# In rootless Docker the container's root is the user, and its other users may write nothing that is the user's.
+container_user() {
+    if [[ "$(docker info --format '{{.SecurityOptions}}' 2>/dev/null)" == *name=rootless* ]]; then
+        echo 0:0
+    else
+        echo "$(id -u):$(id -g)"
+    fi
 }
 
 container_run() {
@@ -75,9 +84,10 @@ container_run() {
     if [[ -t 0 && -t 1 ]]; then terminal=(--tty); fi
     mkdir -p build/home
     # The user has no account in the image, so a home (in build/, where downloads and caches outlive the container)
-    # and a name are given.
+    # and a name are given. Variables without a value are the caller's, where they are set.
     docker run --rm --init --interactive "${terminal[@]}" --name "$image-$$" --gpus all \
-        --user "$(id -u):$(id -g)" --env HOME="$workdir/build/home" --env USER="$image" \
+        --user "$(container_user)" --env HOME="$workdir/build/home" --env USER="$image" \
+        --env CUDA_VISIBLE_DEVICES --env HF_TOKEN \
         --mount "type=bind,source=$PWD,target=$workdir" --workdir "$workdir" "$image" "$@"
 }
 

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 from models.spec import ModelSpec, Part, Unusable, find_model, model_names
 
 PRECISIONS = ("fp32", "fp16")
+UMASK = threading.Lock()  # it belongs to all threads, and is read by setting it
 
 
 def parser(script_doc: str) -> argparse.ArgumentParser:
@@ -58,8 +60,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
+        with UMASK:
+            umask = os.umask(0)
+            os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
         temporary.replace(path)
     finally:

@@ -266,6 +266,9 @@ class ResultWriter(Protocol):
         """Shows or stores the result for the input file `path`."""
 
 
+PART_ERROR = "part max abs"  # the metric of a bar on the largest absolute error of any part
+
+
 @dataclass(frozen=True)
 class Bar:
     """A limit that `compare.py` enforces on a metric."""
@@ -278,6 +281,10 @@ class Bar:
         """NaN never meets a bar."""
         return value >= self.limit if self.at_least else value <= self.limit
 
+    def judged(self, value: float) -> Dict[str, Any]:
+        """For reports."""
+        return {**asdict(self), "value": value, "met": self.met(value)}
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -287,8 +294,9 @@ class ModelSpec:
     workloads   settings → what is timed as a whole, by name: (executor) → anything
     is_input    (file in an input folder, settings) → whether it is one, rather than a companion of another
     read        (file, settings) → item; raises Unusable with the file's name
-    run         (executor, settings, build folder, items) → results
-    batch_size  how many items one call of `run` should get
+    prepare     (items, settings) → a batch as `run` takes it: what needs no executor, and is done while one is busy
+    run         (executor, settings, build folder, batch) → results
+    batch_size  how many items a batch should have
     writer      (-o argument or None) → context manager giving a ResultWriter; nothing half-written remains on failure
     samples     settings → the built-in samples
     write_samples  (settings, folder) → stores the samples as files, with a labels.tsv that `labelled` reads
@@ -298,7 +306,7 @@ class ModelSpec:
                 users would notice
     badness     `score`'s metrics of one sample → larger, the worse
     describe    result or truth → itself in a line of text
-    bars        precision → limits on "part max abs" (largest absolute error of any part) and on `difference`'s metrics
+    bars        precision → limits on PART_ERROR and on `difference`'s metrics
     untouched   item → the result that is the input itself, whose score shows the model's gain; None where there is none
     picture     (result or truth, PNG file) → stores it; None where its description shows it
     """
@@ -307,7 +315,7 @@ class ModelSpec:
     title: str
     load: Callable[[str], LoadedModel]
     read: Callable[[Path, Mapping[str, Any]], Any]
-    run: Callable[[Executor, Mapping[str, Any], Path, Sequence[Any]], List[Any]]
+    run: Callable[[Executor, Mapping[str, Any], Path, Any], List[Any]]
     batch_size: int
     writer: Callable[[Optional[Path]], AbstractContextManager[ResultWriter]]
     samples: Callable[[Mapping[str, Any]], List[Sample]]
@@ -318,10 +326,15 @@ class ModelSpec:
     badness: Callable[[Mapping[str, float]], float]
     describe: Callable[[Any], str]
     bars: Mapping[str, Sequence[Bar]]
+    prepare: Callable[[Sequence[Any], Mapping[str, Any]], Any] = lambda items, settings: items
     untouched: Optional[Callable[[Any], Any]] = None
     picture: Optional[Callable[[Any, Path], None]] = None
     workloads: Callable[[Mapping[str, Any]], Mapping[str, Callable[[Executor], Any]]] = lambda settings: {}
     is_input: Callable[[Path, Mapping[str, Any]], bool] = lambda path, settings: True
+
+    def results(self, executor: Executor, settings: Mapping[str, Any], folder: Path, items: Sequence[Any]) -> List[Any]:
+        """What the model makes of items, in one batch."""
+        return self.run(executor, settings, folder, self.prepare(items, settings))
 
 
 def model_names() -> List[str]:

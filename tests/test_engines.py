@@ -134,7 +134,7 @@ IMAGES = [
     dict(batch=batch, height=height, width=width)
     for batch, height, width in ((2, 24, 40), (1, 4, 2), (32, 8, 8), (3, 26, 22))
 ]
-ROWS = [dict(batch=batch, length=length) for batch, length in ((16, 64), (1, 8), (32, 24), (3, 40))]
+ROWS = [dict(batch=batch, length=length) for batch, length in ((16, 64), (1, 8), (32, 24), (3, 40), (64, 17), (2, 512))]
 CACHES = {f"{kind}_cache": ("batch", 8, "length", 64) for kind in ("key", "value")}
 PRESENT = {f"present_{kind}": ("batch", 8, "length", 64) for kind in ("key", "value")}
 TOKEN = ("batch", 1, 512)
@@ -287,7 +287,7 @@ CASES = [
         {"x": TOKEN},
         {"gamma": [512], "beta": [512], "weight": [1100, 512], "bias": [1100]},
         {"h": TOKEN, "y": ("batch", 1, 1100)},
-        [dict(batch=batch) for batch in (16, 1, 32, 3)],
+        [dict(batch=batch) for batch in (16, 1, 32, 3, 64)],
         dict(epsilon=1e-5, activation=1),
     ),
     Case(
@@ -295,7 +295,7 @@ CASES = [
         {"x": TOKEN},
         {"gamma": [512], "beta": [512], "weight": [1536, 512], "bias": [1536]},
         {"h": TOKEN, "y0": TOKEN, "y1": TOKEN, "y2": TOKEN},
-        [dict(batch=batch) for batch in (16, 1, 32, 3)],
+        [dict(batch=batch) for batch in (16, 1, 32, 3, 64)],
         dict(epsilon=1e-5),
     ),
     Case(
@@ -303,7 +303,7 @@ CASES = [
         {"x": ("batch", 1, 2048), "residual": TOKEN},
         {"weight": [512, 2048], "bias": [512]},
         {"y": TOKEN},
-        [dict(batch=batch) for batch in (16, 1, 32, 3)],
+        [dict(batch=batch) for batch in (16, 1, 32, 3, 64)],
         order=("x", "weight", "bias", "residual"),
     ),
     Case(
@@ -364,7 +364,7 @@ def test_every_plugin_has_a_case():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.plugin)
 def test_engine_computes_what_the_function_says(ran, case):
-    """Dynamic shapes, batch 1 to 32, with and without a CUDA graph, several contexts of one engine."""
+    """Dynamic shapes, batch 1 to 64, with and without a CUDA graph, several contexts of one engine."""
     folder, precision = ran
     session = onnxruntime.InferenceSession(folder.onnx(case.plugin, precision), providers=["CPUExecutionProvider"])
     dtype = np.float16 if precision == "fp16" else np.float32

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-import compare
 import plugins
 import surgeon
-from build_engine import capped
+from build_engine import TensorRT, capped
 from compare import by_plugin, error_statistics, kind_and_precision, labels_of, random_inputs
+from comparison import machine
 from infer_trt import nearest
 from models.chain import BuildFolder
 from models.report import layer_table
@@ -135,13 +136,13 @@ def test_the_machine_is_one_line(monkeypatch, tmp_path):
     tool.write_text("#!/bin/sh\necho 1.2.3\necho 1.2.3\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(compare, "gpu_name", lambda: "the second GPU")
-    assert compare.machine().endswith(" cores; the second GPU, driver 1.2.3")
+    monkeypatch.setattr(machine, "gpu_name", lambda: "the second GPU")
+    assert machine.machine().endswith(" cores; the second GPU, driver 1.2.3")
     tool.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert compare.machine().endswith(" cores; the second GPU")
-    monkeypatch.setattr(compare, "gpu_name", lambda: None)
-    assert compare.machine().endswith(" cores; no GPU")
+    assert machine.machine().endswith(" cores; the second GPU")
+    monkeypatch.setattr(machine, "gpu_name", lambda: None)
+    assert machine.machine().endswith(" cores; no GPU")
 
 
 def test_random_inputs_have_the_sizes_and_integers_asked_for():
@@ -162,6 +163,19 @@ def test_capped_part():
     assert part.profiles() == [{"batch": 1, "length": 64}]
     with pytest.raises(Unusable, match="length begins at 8"):
         capped(PART, {"length": 4})
+
+
+@pytest.mark.parametrize("made", [None, TypeError("pybind11::init(): factory function returned nullptr")])
+def test_tensorrt_that_cannot_use_the_gpu(made):
+    """As where the driver is older than CUDA wants it."""
+
+    def builder(logger):
+        if made:
+            raise made
+
+    tensorrt = TensorRT(SimpleNamespace(Builder=builder, __version__="11.2"), "TensorRT", builds_without_gpu=False)
+    with pytest.raises(Unusable, match="TensorRT 11.2 cannot start here: is a GPU there, and its driver new enough?"):
+        tensorrt.started("Builder", None)
 
 
 def test_errors_keep_nan():

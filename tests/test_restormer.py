@@ -1,6 +1,8 @@
 """Restormer's variants and checkpoints, its tiling, and its pictures."""
 
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +238,29 @@ def test_damaged_pictures(tmp_path):
     for name in ("a.png", "b.jpg", "c.png", "missing.png"):
         with pytest.raises(Unusable, match=name):
             images.read(tmp_path / name, COLOUR)
+
+
+def test_pictures_are_announced_in_order_once_they_are_written(tmp_path, capsys, monkeypatch):
+    """Also those before one that fails, wherever it fails."""
+    picture, encode = images.Picture(np.zeros((8, 8, 3), np.float32)), images.encode
+
+    def slow(picture, restored, path):
+        time.sleep(0.02 * (restored[0, 0, 0] % 2 == 0))
+        if restored[0, 0, 0] == 9:
+            raise OSError("the disk is full")
+        encode(picture, restored, path)
+
+    monkeypatch.setattr(images, "encode", slow)
+    with pytest.raises(OSError, match="the disk is full"), images.writer(tmp_path) as writer:
+        for number in range(10):
+            writer.write(Path(f"{number}.jpg"), picture, np.full((8, 8, 3), number, np.float32))
+    expected = [f"{number}.png" for number in range(9)]
+    assert capsys.readouterr().out.splitlines() == [f"{Path(name).stem}.jpg → {tmp_path / name}" for name in expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
+    with pytest.raises(Unusable, match="unreadable"), images.writer(tmp_path) as writer:
+        writer.write(Path("last.jpg"), picture, np.zeros((8, 8, 3), np.float32))
+        raise Unusable("the next one is unreadable")
+    assert capsys.readouterr().out == f"last.jpg → {tmp_path / 'last.png'}\n"
 
 
 @pytest.mark.parametrize("settings", [COLOUR, GRAY, DUAL_PIXEL], ids=["colour", "gray", "dual-pixel"])

@@ -33,7 +33,11 @@ DOCKER = (
 case $1 in
     image) if [[ $2 == rm ]]; then rm "$STATE/image"; else [[ -e $STATE/image ]]; fi ;;
     build) echo "a build's output"; touch "$STATE/image" ;;
-    run) cat; echo "the command's output" ;;
+    info) if [[ -n ${2-} ]]; then echo "[name=seccomp,profile=builtin ${SECURITY-}]"; fi ;;
+    run)
+        cat
+        echo "the command's output"
+        if [[ $* == *ninja* ]]; then mkdir -p build/plugins; touch build/plugins/libtrt_graft.so; fi ;;
     ps) cat "$STATE/containers" 2>/dev/null || true ;;
     rm) rm "$STATE/containers" ;;
 esac
@@ -152,6 +156,7 @@ def test_container_gets_gpu_folder_user_and_the_command_unchanged(gpu: Sandbox) 
         *("docker", "run", "--rm", "--init", "--interactive", "--name", name, "--gpus", "all"),
         *("--user", f"{os.getuid()}:{os.getgid()}"),
         *("--env", "HOME=/workspace/trt-graft/build/home", "--env", "USER=trt-graft"),
+        *("--env", "CUDA_VISIBLE_DEVICES", "--env", "HF_TOKEN"),
         *("--mount", f"type=bind,source={gpu.home},target=/workspace/trt-graft", "--workdir", "/workspace/trt-graft"),
         *("trt-graft", *command),
     ]
@@ -163,10 +168,18 @@ def test_image_is_built_before_the_command_runs(gpu: Sandbox) -> None:
     build, check, configure, compile_plugins, run = gpu.log()
     assert build == ["docker", "build", "--tag", "trt-graft", "--build-arg", "TENSORRT_IMAGE", "."]
     assert check[-3:] == ["trt-graft", "nvidia-smi", "-L"]
-    assert configure[configure.index("trt-graft") + 1 :][:5] == ["cmake", "-S", "plugins", "-B", "build/plugins"]
+    configuration = configure[configure.index("trt-graft") + 1 :]
+    assert configuration[:6] == ["cmake", "--fresh", "-S", "plugins", "-B", "build/plugins"]
     assert compile_plugins[-3:] == ["ninja", "-C", "build/plugins"]
     assert run[-2:] == ["trt-graft", "command"]
     assert not (gpu.home / ".venv").exists()
+
+
+def test_rootless_docker_gets_its_root(gpu: Sandbox) -> None:
+    """There it is the user."""
+    gpu.run("start.sh", "command", SECURITY="name=rootless")
+    *_, run = gpu.log()
+    assert run[run.index("--user") + 1] == "0:0"
 
 
 def test_failed_build_stops(gpu: Sandbox) -> None:
@@ -185,6 +198,7 @@ def test_plugins_that_do_not_compile(gpu: Sandbox) -> None:
     result = gpu.run("start.sh", "command", FAIL="trt-graft ninja")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "trt-graft: the plugins do not compile: see above"
+    assert gpu.run("restart.sh", "command").returncode == 2, "engines would do without plugins, and hardly say so"
     assert gpu.commands() == []
 
 

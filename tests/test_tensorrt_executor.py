@@ -18,12 +18,13 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-import compare
 import infer_trt
 import plugins
 from build_engine import TensorRT, capped, profile_shapes
+from comparison import engines
+from comparison.ablation import node_kinds, write_node
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
-from models import drift, engines
+from models import drift
 from models.chain import BuildFolder
 from models.spec import Part, TensorSpec
 from models.trocr.decoding import Generation
@@ -348,7 +349,7 @@ def test_limits_are_the_engines(executor):
     tested = executor(True)
     tested.engines["encoder"].part = capped(tested.parts["encoder"], {"batch": 4})
     assert tested.limits("encoder") == {"batch": (1, 4)}
-    assert tested.limits("step")["batch"] == (1, 32)
+    assert tested.limits("step")["batch"] == (1, 64)
 
 
 def test_latencies_are_as_many_as_asked_for(executor):
@@ -368,7 +369,7 @@ def measure_node(stand_in: TensorRT, monkeypatch: pytest.MonkeyPatch) -> Callabl
     """`engines.measure_node` in FP16, with graphs for engines."""
     for module in (engines, infer_trt):
         monkeypatch.setattr(module, "identity", lambda tensorrt: HERE)
-    monkeypatch.setattr(engines, "built_alone", lambda tensorrt, source, precision, timings: source.read_bytes())
+    monkeypatch.setattr(engines, "build", lambda tensorrt, part, source, *_, isolated: source.read_bytes())
     return lambda folder: engines.measure_node(folder, "fp16", stand_in)
 
 
@@ -401,9 +402,9 @@ def test_images_lie_as_the_engine_wants_them(measure_node, monkeypatch, tmp_path
 def test_single_nodes_agree_with_the_layers_that_they_replace(built, measure_node, tmp_path):
     folder = BuildFolder(tmp_path, "trocr")
     folder.path.mkdir()
-    kinds = compare.node_kinds(BuildFolder(built, "trocr"), plugins.names(), 1)
+    kinds = node_kinds(BuildFolder(built, "trocr"), plugins.names(), 1)
     for kind in kinds:
-        compare.write_node(kind, folder, ["fp16"])
+        write_node(kind, folder, ["fp16"])
         assert measure_node(folder)["difference"] < 2e-3
     assert {kind.part.name for kind in kinds} == {"encoder", "prefill", "step"}
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from build_engine import gpu_name
 from models.spec import ExportablePart, Unusable, loop_of_runs
 from models.trocr import SPEC, network, tokenizer
 from models.trocr.decoding import Generation, decode, restrict, tables
+from tests.conftest import run_step
+from tests.test_engines import run_with_tensorrt
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(gpu_name() is None, reason="no GPU")]
 VOCABULARY = 40
 HEIGHT, WIDTH = 32, 48
 
@@ -96,6 +101,8 @@ class TorchExecutor:
             value = inputs[tensor.name]
             assert isinstance(value, torch.Tensor if tensor.internal else np.ndarray)
             assert str(value.dtype).endswith(tensor.dtype)
+        sizes = exportable.part.sizes_of({name: value.shape for name, value in inputs.items()})
+        assert all(sizes[dim.name] <= dim.maximum for dim in exportable.part.dims)
         with torch.inference_mode():
             outputs = exportable.module(*(torch.as_tensor(inputs[tensor.name]) for tensor in specs))
         named = zip(exportable.part.outputs, outputs, strict=True)
@@ -117,8 +124,9 @@ class TorchExecutor:
         return value[torch.as_tensor(indices)]
 
 
-def tiny_model(variant: str, seed: int = 0) -> VisionEncoderDecoderModel:
-    """Built as transformers builds it, with wide weights so that the tokens vary, and an end that is likely."""
+def tiny_model(variant: str, seed: int = 0, positions: int = 48, end: float = 1.6) -> VisionEncoderDecoderModel:
+    """Built as transformers builds it, with wide weights so that the tokens vary, and an end that is the more likely,
+    the larger `end` is."""
     options = dict(tie_word_embeddings=False, **VARIANTS[variant]) if "tied" not in variant else dict(VARIANTS[variant])
     width = options.pop("encoder_width", 32)
     encoder = (DeiTConfig if options.pop("deit", False) else ViTConfig)(
@@ -130,7 +138,7 @@ def tiny_model(variant: str, seed: int = 0) -> VisionEncoderDecoderModel:
         decoder_layers=2,
         decoder_attention_heads=4,
         decoder_ffn_dim=48,
-        max_position_embeddings=48,
+        max_position_embeddings=positions,
         **options,
     )
     model = VisionEncoderDecoderModel(
@@ -147,7 +155,7 @@ def tiny_model(variant: str, seed: int = 0) -> VisionEncoderDecoderModel:
         # One direction of the hidden state votes for the end: sequences then end, and at different places.
         # Tokens that are likely together with it make crowded beams where they are ends as well.
         output = model.decoder.output_projection.weight
-        output[2] *= 1.6
+        output[2] *= end
         for token, share in ((9, 0.97), (17, 0.94), (29, 0.91)):
             output[token] = share * output[2]
     return model
@@ -256,6 +264,42 @@ def test_every_variant_decodes_as_generate(models: dict, variant: str, settings:
     for seed in range(3):
         expected, ours, _, _ = both_ways(models[variant], settings, rows=4, seed=seed)
         assert ours == expected
+
+
+# The largest that engines are built for.  Settings, images, tokens of the longest row.
+LARGE: dict[str, tuple[dict[str, Any], int, int]] = {
+    "200 tokens": (dict(max_length=201, eos_token_id=None), 64, 200),
+    "ends anywhere within 200 tokens": (dict(max_length=201), 64, 200),
+    "a cache of 512 positions": (dict(max_length=512), 8, 511),
+    "200 tokens, 4 beams": (dict(max_length=201, num_beams=4, length_penalty=2.0), 16, 200),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("variant", ["vit", "sinusoidal, normalised"])
+def test_long_outputs_of_large_batches_equal_generate(variant: str, case: str) -> None:
+    settings, images, longest = LARGE[case]
+    model = tiny_model(variant, positions=600, end=1.1)
+    expected, ours, _, _ = both_ways(model, settings, images)
+    assert ours == expected
+    lengths = {len(row) for row in expected}
+    assert max(lengths) == longest
+    assert len(lengths) >= 6 or "anywhere" not in case
+    assert len({token for row in expected for token in row[longest - 50 :]}) >= 5  # they do not just repeat one
+
+
+def test_batches_larger_than_the_parts_take_are_divided(models: dict, tmp_path: Path) -> None:
+    model = models["vit"]
+    generation = network.generation_of(generation_config(max_length=24, num_beams=3), model.config, "test")
+    executor = TorchExecutor(network.parts_of(model, generation))
+    assert executor.limits("step")["batch"] == (1, 64)
+    tokenizer.of_numbers(VOCABULARY).save(str(tmp_path / tokenizer.FILE_NAME))
+    settings = {"generation": asdict(generation), "layers": 2, "max_positions": 48, "clean_up": False}
+    images = pixels(22).numpy()  # more than 64 rows
+    ids = [
+        [result.ids for result in SPEC.run(executor, settings, tmp_path, part)] for part in (images, *images[:, None])
+    ]
+    assert ids[0] == [one for (one,) in ids[1:]]
 
 
 def test_the_models_exercise_the_search(models: dict) -> None:
@@ -436,7 +480,7 @@ def run_folder(folder: Path, build: Path) -> tuple[list[Any], list[Any]]:
     loaded.save_assets(build)
     settings = json.loads(json.dumps(loaded.settings))
     items = pictures(5)
-    return loaded.original(items), SPEC.run(TorchExecutor(list(loaded.parts)), settings, build, items)
+    return loaded.original(items), SPEC.results(TorchExecutor(list(loaded.parts)), settings, build, items)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -533,6 +577,32 @@ def test_chinese_folder(models: dict, text_tokenizer: RobertaTokenizerFast, tmp_
     assert any(result.text for result in ours)
 
 
+@pytest.mark.parametrize("executor", ["onnxruntime", pytest.param("tensorrt", marks=GPU)])
+def test_the_chain_reads_long_lines_in_large_batches_as_generate(
+    text_tokenizer: RobertaTokenizerFast, tmp_path: Path, executor: str
+) -> None:
+    """All five steps' files: 200 tokens, ends anywhere before, more images than a batch has."""
+    folder = save(tiny_model("vit", positions=600, end=1.1), text_tokenizer, tmp_path / "folder", max_length=201)
+    images = pictures(70)
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(images):
+        image.save(tmp_path / "images" / f"{number:02}.png")
+    arguments = ("--build-dir", tmp_path)
+    steps = [(run_step, "export_onnx.py", "trocr", "--weights", folder), (run_step, "surgeon.py", "trocr")]
+    if executor == "tensorrt":
+        steps.append((run_with_tensorrt, "build_engine.py", "trocr"))
+    out = tmp_path / "lines.jsonl"
+    run = run_with_tensorrt if executor == "tensorrt" else run_step
+    steps.append((run, "infer_trt.py", "trocr", tmp_path / "images", "-o", out, "--executor", executor))
+    for step, *command in steps:
+        done = step(*command, *arguments)
+        assert done.returncode == 0, done.stderr
+    expected = [result.ids for result in network.load(str(folder)).original(images)]
+    assert [json.loads(line)["ids"] for line in out.read_text().splitlines()] == expected
+    lengths = {len(row) for row in expected}
+    assert max(lengths) == 200 and len(lengths) >= 6
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -585,14 +655,20 @@ def test_demo_reads(tmp_path: Path) -> None:
     samples = SPEC.samples(loaded.settings)
     items = [sample.item for sample in samples]
     original = loaded.original(items)
-    ours = SPEC.run(TorchExecutor(list(loaded.parts)), loaded.settings, tmp_path, items)
+    ours = SPEC.results(TorchExecutor(list(loaded.parts)), loaded.settings, tmp_path, items)
     assert SPEC.difference(original, ours) == {"differing outputs": 0, "CER % against reference": 0.0}
     assert SPEC.score(ours, [sample.truth for sample in samples])["CER %"] < 6
 
 
-@pytest.mark.parametrize("variant, parameters", [("small", 61_448_832), ("base", 384_802_560), ("large", 608_119_808)])
-def test_random_variants_have_the_published_shapes(variant: str, parameters: int) -> None:
-    model = network.built(network.configs(variant), variant)  # on the meta device
+@pytest.mark.parametrize(
+    "variant, vocabulary, parameters",
+    [
+        *(("small", None, 61_448_832), ("base", None, 384_802_560), ("large", None, 608_119_808)),
+        ("base", 7545, 297_312_000),  # random:chinese
+    ],
+)
+def test_random_variants_have_the_published_shapes(variant: str, vocabulary: int | None, parameters: int) -> None:
+    model = network.built(network.configs(variant, vocabulary), variant)  # on the meta device
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert not hasattr(model, "enc_to_dec_proj")
 
@@ -600,6 +676,7 @@ def test_random_variants_have_the_published_shapes(variant: str, parameters: int
 def test_gb2312_is_a_vocabulary_of_distinct_characters() -> None:
     characters = network.gb2312()
     assert len(set(characters)) == len(characters) == 95 + 7445
+    assert len(tokenizer.character_vocabulary(characters)) == 7545
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,7 +731,7 @@ def test_other_architectures_are_refused(folder: Path, config: str, words: list[
         (dict(bad_words_ids=[[3]]), "bad_words_ids"),
         (dict(renormalize_logits=True), "renormalize_logits"),
         (dict(max_length=49), "max_length"),
-        (dict(num_beams=33), "num_beams"),
+        (dict(num_beams=65), "num_beams"),
         (dict(suppress_tokens=[VOCABULARY]), f"token {VOCABULARY}"),
         (dict(decoder_start_token_id=None), "decoder_start_token_id"),
     ],

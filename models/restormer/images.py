@@ -5,8 +5,9 @@ Pillow decodes; OpenCV reads and writes 16-bit colour, which Pillow cannot.
 
 from __future__ import annotations
 
-import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from models.chain import replacing
+from models.images import opened
 from models.spec import ResultWriter, Unusable
 
 DEFAULT_OUT = Path("build/restormer/restored")
+WRITERS = 4  # threads, and pictures that wait for them
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,11 @@ def is_input(path: Path, settings: Mapping[str, Any]) -> bool:
 def read_file(path: Path) -> Picture:
     """Decodes one file; raises Unusable when it is unreadable, truncated or too large to be a picture."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()
-                image = ImageOps.exif_transpose(opened)
-                sixteen_bit = is_sixteen_bit(opened, path)
-                icc_profile = opened.info.get("icc_profile")
+        with opened(path) as stored:
+            stored.load()
+            image = ImageOps.exif_transpose(stored)
+            sixteen_bit = is_sixteen_bit(stored, path)
+            icc_profile = stored.info.get("icc_profile")
     except Exception as problem:  # Pillow's decoders raise whatever they stumble over
         reason = "no such file" if not path.exists() else "not an image, or a damaged one"
         raise Unusable(f"{path}: {reason}") from problem
@@ -142,20 +143,33 @@ def encode(picture: Picture, restored: np.ndarray, path: Path) -> None:
 
 
 class PictureWriter:
-    """Writes `<out>/<stem>.png`; refuses to let two inputs write the same file."""
+    """Writes `<out>/<stem>.png`, in threads: compressing a picture can take longer than restoring it.  Says so in the
+    order of the inputs, and refuses to let two of them write the same file."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, pool: ThreadPoolExecutor) -> None:
+        self.out, self.pool = out, pool
         self.written: dict[Path, Path] = {}
+        self.begun: deque[tuple[str, Future[None]]] = deque()
 
     def write(self, path: Path, item: Picture, result: np.ndarray) -> None:
         target = self.out / f"{path.stem}.png"
         if target in self.written:
             raise Unusable(f"{path} and {self.written[target]} would both become {target}: restore them separately")
-        with replacing(target) as temporary:
-            encode(item, result, temporary)
         self.written[target] = path
-        print(f"{path} → {target}")
+        self.begun.append((f"{path} → {target}", self.pool.submit(store, item, result, target)))
+        self.finish(WRITERS)
+
+    def finish(self, but: int = 0) -> None:
+        """Waits until no more than so many pictures are being written; raises why one could not be."""
+        while len(self.begun) > but or (self.begun and self.begun[0][1].done()):
+            line, stored = self.begun.popleft()
+            stored.result()
+            print(line)
+
+
+def store(picture: Picture, restored: np.ndarray, target: Path) -> None:
+    with replacing(target) as temporary:
+        encode(picture, restored, temporary)
 
 
 @contextmanager
@@ -163,4 +177,9 @@ def writer(out: Optional[Path]) -> Iterator[ResultWriter]:
     """Pictures are written to the folder `out`, or to DEFAULT_OUT."""
     folder = out or DEFAULT_OUT
     folder.mkdir(parents=True, exist_ok=True)
-    yield PictureWriter(folder)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        made = PictureWriter(folder, pool)
+        try:
+            yield made
+        finally:
+            made.finish()

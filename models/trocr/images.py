@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from models.images import opened
 from models.spec import Unusable
 
 
 def read(path: Path, settings: Mapping[str, Any]) -> Image.Image:
     """The image in the file `path`, upright and in RGB; raises Unusable with the file's name."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()  # Image.open reads no pixels: a truncated file shows only here
-                return rgb(ImageOps.exif_transpose(image))
+        with opened(path) as image:
+            image.load()  # a truncated file shows only here
+            return rgb(ImageOps.exif_transpose(image))
     except Exception as problem:  # Pillow's decoders raise SyntaxError, struct.error and others on damaged files
         raise Unusable(f"{path} cannot be read as an image: {problem}") from problem
 
@@ -42,8 +40,10 @@ def preprocess(images: Sequence[Image.Image], settings: Mapping[str, Any]) -> np
     """
     size = (settings["width"], settings["height"])
     mean, std = np.asarray(settings["mean"], np.float32), np.asarray(settings["std"], np.float32)
+    values = ((np.arange(256) * settings["scale"]).astype(np.float32)[:, None] - mean) / std  # (256, 3), of all pixels
     batch = np.empty((len(images), 3, size[1], size[0]), np.float32)
     for pixels, image in zip(batch, images):
-        resized = np.asarray(rgb(image).resize(size, settings["resample"]), np.float64)  # (height, width, 3)
-        pixels[:] = (((resized * settings["scale"]).astype(np.float32) - mean) / std).transpose(2, 0, 1)
+        resized = np.asarray(rgb(image).resize(size, settings["resample"]))  # (height, width, 3)
+        for channel, plane in enumerate(pixels):
+            np.take(values[:, channel], resized[:, :, channel], out=plane, mode="clip")  # "raise" would copy
     return batch

@@ -40,6 +40,7 @@ from models.trocr.pipeline import (
     MAX_ROWS,
     TIMED_BATCHES,
     TIMED_TOKENS,
+    TUNED_ROWS,
     TextResult,
     results_of,
     timed_images,
@@ -204,7 +205,7 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
     tokens = model.encoder.embeddings.position_embeddings.shape[1]
     hidden = decoder_of(model).layers[0].encoder_attn.kdim
 
-    batch = Dim("batch", 1, (1, MAX_ROWS), MAX_ROWS)
+    batch = Dim("batch", 1, TUNED_ROWS, MAX_ROWS)
     length = Dim("length", min(CACHE_STEP, max_positions), (min(64, max_positions),), max_positions)
 
     def keys_and_values(name: str, length: int | str) -> tuple[TensorSpec, ...]:

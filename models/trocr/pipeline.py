@@ -21,7 +21,8 @@ from models.trocr.images import preprocess
 CACHE_STEP = 8  # cache capacities are multiples of this: few distinct shapes, aligned rows
 TIMED_TOKENS = 20
 TIMED_BATCHES = (1, 8, 32)
-MAX_ROWS = 32  # largest batch that engines are built for; a beam search takes num_beams rows for each image
+MAX_ROWS = 64  # largest batch that engines are built for; a beam search takes num_beams rows for each image
+TUNED_ROWS = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,18 @@ def results_of(decoded: Sequence[Decoded], reader: tokenizer.Tokenizer, clean_up
     return [TextResult(tokenizer.text_of(reader, one.ids, clean_up), one.ids, one.score) for one in decoded]
 
 
-def run(
-    executor: Executor, settings: Mapping[str, Any], folder: Path, items: Sequence[Image.Image]
-) -> List[TextResult]:
-    """Recognises the text in each image; `folder` holds the tokenizer."""
+def prepare(items: Sequence[Image.Image], settings: Mapping[str, Any]) -> np.ndarray:
+    return preprocess(items, settings["images"])
+
+
+def run(executor: Executor, settings: Mapping[str, Any], folder: Path, pixel_values: np.ndarray) -> List[TextResult]:
+    """Recognises the text in each prepared image (B, 3, H, W); `folder` holds the tokenizer."""
     reader = tokenizer.saved(folder)
     generation = Generation.from_json(settings["generation"])
     at_once = max(1, executor.limits("step")["batch"][1] // generation.num_beams)
     decoded: List[Decoded] = []
-    for start in range(0, len(items), at_once):
-        pixel_values = preprocess(items[start : start + at_once], settings["images"])
-        decoded += recognise(executor, settings, generation, pixel_values)
+    for start in range(0, len(pixel_values), at_once):
+        decoded += recognise(executor, settings, generation, pixel_values[start : start + at_once])
     return results_of(decoded, reader, settings["clean_up"])
 
 
@@ -84,7 +86,7 @@ def timed_images(settings: Mapping[str, Any]) -> Dict[str, np.ndarray]:
         f"batch {batch}, {TIMED_TOKENS} tokens": random.uniform(
             -1, 1, (batch, 3, settings["height"], settings["width"])
         ).astype(np.float32)
-        for batch in TIMED_BATCHES
+        for batch in (*TIMED_BATCHES, MAX_ROWS)
     }
 
 

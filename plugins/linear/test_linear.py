@@ -125,7 +125,7 @@ def test_kernel_is_the_reference(rows, inputs, outputs, activation, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("rows", [1, 5, 577, 1154, 4616, 18464])
+@pytest.mark.parametrize("rows", [1, 5, 577, 1154, 4616, 18464, 36928])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "activation"),
     [(768, 768, "none"), (768, 2304, "none"), (768, 3072, "gelu"), (3072, 768, "none"), (768, 2048, "relu")]

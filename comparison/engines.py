@@ -21,16 +21,7 @@ from typing import IO, Any, Callable, Dict, List, Optional, Tuple
 import numpy as np
 
 import plugins
-from build_engine import (
-    COMPUTE_CAPABILITIES,
-    TensorRT,
-    build,
-    describe,
-    find_tensorrt,
-    for_this_gpu,
-    graph_for_parser,
-    identity,
-)
+from build_engine import COMPUTE_CAPABILITIES, TensorRT, build, find_tensorrt, identity
 from infer_trt import Call, DeviceArray, TensorRTExecutor
 from models.ablation import random_inputs
 from models.chain import BuildFolder
@@ -161,7 +152,7 @@ def run_items(
 ) -> List[Any]:
     """What the model makes of items, in batches."""
     batches = [items[start : start + spec.batch_size] for start in range(0, len(items), spec.batch_size)]
-    return [result for batch in batches for result in spec.run(executor, settings, assets, batch)]
+    return [result for batch in batches for result in spec.results(executor, settings, assets, batch)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,43 +245,12 @@ class SingleNodes(TensorRTExecutor):
         return stored.astype(np.float32)
 
 
-def built_alone(tensorrt: TensorRT, source: Path, precision: str, timings: Path) -> bytes:
-    """The engine of a graph with static shapes, as `build_engine.build` makes it, but for images in FP16: they may be
-    channel-last at its ends, where TensorRT is quicker so, as they are between the layers of a network."""
-    trt = tensorrt.module
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(tensorrt.network_flags)
-    onnx_parser = trt.OnnxParser(network, logger)
-    if not onnx_parser.parse(graph_for_parser(source, not tensorrt.builds_without_gpu)):
-        errors = [describe(onnx_parser.get_error(index)) for index in range(onnx_parser.num_errors)]
-        raise Unusable(f"{tensorrt} cannot parse {source.name}: {'; '.join(errors)}")
-    tensors = [network.get_input(index) for index in range(network.num_inputs)]
-    tensors += [network.get_output(index) for index in range(network.num_outputs)]
-    for tensor in tensors:
-        if len(tensor.shape) == 4 and tensor.dtype == trt.float16:
-            tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR) | 1 << int(trt.TensorFormat.HWC8)
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    if precision == "fp16" and not tensorrt.strongly_typed:
-        config.set_flag(trt.BuilderFlag.FP16)
-    if not tensorrt.builds_without_gpu:
-        for_this_gpu(trt, config)
-        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.is_file() else b""), False)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise Unusable(f"{tensorrt} failed to build {source.name}")
-    if not tensorrt.builds_without_gpu:
-        timings.write_bytes(config.get_timing_cache().serialize())
-    return bytes(engine)
-
-
 def measure_node(folder: BuildFolder, precision: str, tensorrt: TensorRT) -> Dict[str, Any]:
     """The latencies in µs of the parts `layers` and `plugin`, and the largest difference of their outputs as a share of
     the largest value."""
 
     def engine(part: Part, source: Path) -> bytes:
-        return built_alone(tensorrt, source, precision, folder.path / "timings")
+        return build(tensorrt, part, source, precision, COMPUTE_CAPABILITIES, folder.path / "timings", isolated=True)
 
     row: Dict[str, Any] = {"built_with": build_all(folder, precision, tensorrt, engine)}
     executor = SingleNodes(folder, precision)

@@ -46,32 +46,46 @@ import pickle
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, FrozenSet, List, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 import plugins
 from build_engine import gpu_name
-from comparison import engines
-from comparison.ablation import ablate
-from comparison.drift import find_drift
-from comparison.engines import last_words, started
-from comparison.machine import machine, tensorrt_obstacle
-from comparison.pytorch import TorchExecutor, as_numpy
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
+from models import ablation, drift, engines
 from models.ablation import random_inputs
-from models.chain import PRECISIONS, BuildFolder, parser, run_script
-from models.report import LISTED, REFERENCE, latency, show, write_report
-from models.spec import PART_ERROR, AnySample, Executor, ModelSpec, Part, StoredSample, Unusable
+from models.chain import PRECISIONS, BuildFolder, parser, replacing, run_script
+from models.engines import last_words, started
+from models.report import LISTED, REFERENCE, latency, number, show, write_report
+from models.spec import (
+    AnySample,
+    Bar,
+    Executor,
+    LoadedModel,
+    ModelSpec,
+    Part,
+    StoredSample,
+    Unusable,
+    loop_of_runs,
+)
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+    from surgeon import Grafted
 
 TORCH_KINDS = ("pytorch", "torch.compile")
 GPU_KINDS = (*TORCH_KINDS, "tensorrt")
@@ -84,6 +98,9 @@ STATISTICS: Dict[str, Callable[[np.ndarray], Any]] = {
     "p99": lambda errors: np.percentile(errors, 99),
 }
 REPEATS = 5  # timed runs of a part, and of the built-in samples
+WARM_UPS = 3
+PART_ERROR = "part max abs"  # the metric of a bar on all parts
+MOST_TRIALS = 50  # runs of the whole model to make a set of nodes smaller
 PICTURES = "report"  # folder beside report.md
 DONE = "samples done:"  # how a worker's lines on progress begin
 
@@ -123,6 +140,81 @@ class Measurement:
     timed_ms: Dict[str, List[float]]
     layer_ms: Dict[Tuple[str, str, str], float]
     environment: Dict[str, str]
+
+
+class TorchExecutor:
+    """Runs the parts' PyTorch modules, on a GPU where one is.  Internal values are tensors where the modules are.
+
+    While `recording`, it keeps the inputs of one call of each part: the last whose number is a power of two, which lies
+    in the second half.
+    """
+
+    def __init__(self, loaded: LoadedModel, precision: str, compiled: bool) -> None:
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # FP32 is the reference
+        self.torch = torch
+        self.device = "cuda" if gpu_name() else "cpu"
+        self.dtype = torch.float16 if precision == "fp16" else torch.float32
+        loaded.to(self.device, self.dtype)
+        self.parts = {exportable.part.name: exportable.part for exportable in loaded.parts}
+        self.modules: Dict[str, Any] = {exportable.part.name: exportable.module for exportable in loaded.parts}
+        if compiled:
+            mode = "reduce-overhead" if self.device == "cuda" else "default"
+            self.modules = {name: torch.compile(module, mode=mode) for name, module in self.modules.items()}
+        self.compiled = compiled
+        self.recording = False
+        self.recorded: Dict[str, Dict[str, np.ndarray]] = {}
+        self.calls: Counter[str] = Counter()
+
+    def tensors(self, part: str, inputs: Mapping[str, Any]) -> List[torch.Tensor]:
+        """The inputs of a part on the device; floating-point ones in the module's type."""
+        tensors = [self.torch.as_tensor(inputs[tensor.name]).to(self.device) for tensor in self.parts[part].inputs]
+        return [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+
+    def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
+        if self.recording:
+            self.calls[part] += 1
+            if self.calls[part] & (self.calls[part] - 1) == 0:
+                self.recorded[part] = {name: as_numpy(value) for name, value in inputs.items()}
+        with self.torch.inference_mode():
+            outputs = self.modules[part](*self.tensors(part, inputs))
+        values = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {
+            # a compiled module overwrites what it returned before
+            tensor.name: (value.clone() if self.compiled else value) if tensor.internal else as_numpy(value)
+            for tensor, value in zip(self.parts[part].outputs, values)
+        }
+
+    def loop(
+        self, part: str, inputs: Mapping[str, Any], carried: Mapping[str, str], times: int, until: Optional[str] = None
+    ) -> Dict[str, Any]:
+        return loop_of_runs(self, part, inputs, carried, times, until)
+
+    def limits(self, part: str) -> Mapping[str, Tuple[int, int]]:
+        return self.parts[part].limits()
+
+    def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
+        tensors, measured = self.tensors(part, inputs), []
+        with self.torch.inference_mode():
+            for _ in range(WARM_UPS + repeats):
+                self.synchronize()
+                started = time.perf_counter()
+                self.modules[part](*tensors)
+                self.synchronize()
+                measured.append((time.perf_counter() - started) * 1e3)
+        return measured[WARM_UPS:]
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def zeros(self, part: str, name: str, dims: Mapping[str, int]) -> torch.Tensor:
+        tensor = next(tensor for tensor in self.parts[part].inputs if tensor.name == name)
+        return self.torch.zeros(tensor.sizes(dims), dtype=self.dtype, device=self.device)
+
+    def rows(self, value: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+        return value[self.torch.from_numpy(indices).to(self.device)]
 
 
 def work(folder: BuildFolder, label: str, shared: Path) -> None:
@@ -253,6 +345,15 @@ def timed(call: Callable[[], Any]) -> Tuple[Any, List[float]]:
     return result, latencies
 
 
+def as_numpy(value: Any) -> np.ndarray:
+    """A value of any executor on the host; floating-point ones in FP32."""
+    if hasattr(value, "to_host"):
+        value = value.to_host()
+    elif not isinstance(value, np.ndarray):
+        value = value.cpu().numpy()
+    return value.astype(np.float32) if value.dtype.kind == "f" else value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparison
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +413,7 @@ def evaluate(
     metrics = {PART_ERROR: float(np.max([group["abs max"] for group in errors.values()])), **row["difference"]}
     kind, precision = kind_and_precision(label)
     judged = not (kind in TORCH_KINDS and precision == "fp16") and not label.endswith(BASELINE)  # not our work
-    row["bars"] = [bar.judged(metrics[bar.metric]) for bar in spec.bars[precision]] if judged else []
+    row["bars"] = [judge(bar, metrics[bar.metric]) for bar in spec.bars[precision]] if judged else []
     return row
 
 
@@ -405,6 +506,10 @@ def output_groups(parts: Sequence[Part]) -> Dict[str, Tuple[str, List[str]]]:
 
 def concatenated(outputs: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     return np.concatenate([outputs[name].ravel() for name in names])
+
+
+def judge(bar: Bar, value: float) -> Dict[str, Any]:
+    return {"metric": bar.metric, "limit": bar.limit, "at_least": bar.at_least, "value": value, "met": bar.met(value)}
 
 
 def run_worker(folder: BuildFolder, label: str, shared: Path, python: str, count: int) -> Optional[str]:
@@ -501,9 +606,343 @@ def compare(
     }
 
 
+def machine() -> str:
+    """The processor, and the GPU that is used where one is there."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    except OSError:
+        pass
+    return "; ".join([f"{cpu}, {os.cpu_count()} cores", gpu()])
+
+
+def gpu() -> str:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves, with its driver's version where nvidia-smi tells."""
+    name = gpu_name()
+    if name is None:
+        return "no GPU"
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        versions = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        versions = []
+    return ", driver ".join([name, *versions[:1]])  # all GPUs have one driver
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Command
+# What FP16 loses
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Fp16Trials:
+    """FP16 graphs with some nodes kept in FP32, measured on the CPU against the same graphs in FP32.
+
+    scratch     a folder for graphs to run
+    candidates  the nodes that compute in FP16 unless they are kept in FP32
+    """
+
+    def __init__(self, folder: BuildFolder, samples: Sequence[AnySample], scratch: Path) -> None:
+        import surgeon
+
+        self.folder, self.surgeon = folder, surgeon
+        self.bars = folder.spec.bars["fp16"]
+        self.items = [sample.item for sample in samples] if any(bar.metric != PART_ERROR for bar in self.bars) else []
+        for part in folder.parts():
+            folder.require(folder.onnx(part.name, "fp16"), "surgeon.py", "--precision", "fp16")
+        manifest = folder.manifest()
+        self.grafted = [
+            surgeon.grafted(folder, part, manifest["patched"]["fp16"][part.name]["without"]) for part in folder.parts()
+        ]
+        self.candidates = [name for one in self.grafted for name in drift.half_nodes(self.model(one, "fp16").graph)]
+        self.scratch = BuildFolder(scratch, folder.spec.name)
+        self.scratch.write_manifest(manifest)
+        self.exact = [self.model(one, "fp32") for one in self.grafted]
+        self.expected = self.run(self.exact)
+        self.known: Dict[FrozenSet[str], List[Dict[str, Any]]] = {}  # nodes in FP32 → bars
+
+    def model(self, grafted: Grafted, precision: str, keep: Collection[str] = ()) -> onnx.ModelProto:
+        return self.surgeon.finish(grafted.typed(precision, keep), grafted.counts)
+
+    def run(self, models: Sequence[onnx.ModelProto]) -> Tuple[List[np.ndarray], List[Any]]:
+        """The outputs of all parts on their check inputs, and the samples' results; `models` take and give FP32."""
+        parts, settings = self.folder.parts(), self.folder.manifest()["settings"]
+        for part, model in zip(parts, models):
+            self.scratch.onnx(part.name, "fp32").write_bytes(model.SerializeToString())
+        executor = OnnxRuntimeExecutor(self.scratch, "fp32")
+        outputs = [
+            output
+            for part in parts
+            for inputs in self.folder.check_inputs(part)
+            for output in executor.run(part.name, inputs).values()
+            if output.dtype.kind == "f"
+        ]
+        return outputs, engines.run_items(self.folder.spec, executor, settings, self.folder.path, self.items)
+
+    def judged(self, keep: Collection[str]) -> List[Dict[str, Any]]:
+        """The bars of FP16 with these nodes in FP32."""
+        key = frozenset(keep)
+        if key not in self.known:
+            models = [drift.rounded(self.model(one, "fp16", keep)) for one in self.grafted]
+            self.known[key] = self.verdict(*self.run(models))
+            print(f"  {len(keep)} nodes in FP32: {described(self.known[key])}", flush=True)
+        return self.known[key]
+
+    def verdict(self, outputs: Sequence[np.ndarray], results: Sequence[Any]) -> List[Dict[str, Any]]:
+        """The bars of what FP16 made of the check inputs and the samples."""
+        errors = [np.abs(output - expected).max() for output, expected in zip(outputs, self.expected[0])]
+        metrics = {PART_ERROR: float(np.max(errors))}
+        if results:
+            metrics.update(self.folder.spec.difference(self.expected[1], results))
+        return [judge(bar, metrics[bar.metric]) for bar in self.bars]
+
+    def meets(self, keep: Collection[str]) -> bool:
+        return all(bar["met"] for bar in self.judged(keep))
+
+    def errors(self, keep: Collection[str]) -> List[drift.TensorError]:
+        """The errors of all tensors on the check inputs, with these nodes in FP32."""
+        return [
+            error
+            for one, exact in zip(self.grafted, self.exact)
+            for error in drift.tensor_errors(
+                one.part.name, exact, self.model(one, "fp16", keep), self.folder.check_inputs(one.part)
+            )
+        ]
+
+
+class Fp16Engines:
+    """The same graphs as engines, built and run by the interpreter `python`.
+
+    built_with  what the latest engines depend on, None where there is none
+    """
+
+    def __init__(self, trials: Fp16Trials, scratch: Path, python: str) -> None:
+        self.trials, self.python = trials, python
+        self.folder = BuildFolder(scratch, trials.folder.spec.name)
+        self.folder.path.mkdir(parents=True)
+        self.built_with: Optional[Dict[str, Optional[str]]] = None
+
+    def errors(self) -> List[drift.TensorError]:
+        """The errors of all tensors of the parts that TensorRT can build and run so."""
+        found: List[drift.TensorError] = []
+        with engines.Workers(self.folder, self.python, "run") as workers:
+            for one, exact in zip(self.trials.grafted, self.trials.exact):
+                half, input_sets = self.trials.model(one, "fp16"), self.trials.folder.check_inputs(one.part)
+                names = [name for node in drift.nodes_of(exact.graph) for name in node.outputs]
+                part, marked = drift.marked(one.part, half, names)
+                problem = self.run(workers, [drift.sized(part, input_sets, only=True)], [marked])
+                if problem is not None:
+                    print(f"TensorRT does not run {part.name} with all tensors as outputs: {problem}", flush=True)
+                    continue
+                with np.load(self.folder.path / engines.OUTPUTS) as outputs:
+                    values = partial(values_of, outputs, part.name)
+                    found += drift.tensor_errors(part.name, exact, half, input_sets, values)
+        return found
+
+    def judged(self, keep: Collection[str]) -> List[Dict[str, Any]]:
+        """The bars of engines with these nodes in FP32, for all sizes that build_engine.py's take."""
+        trials = self.trials
+        parts = [drift.sized(one.part, trials.folder.check_inputs(one.part), only=False) for one in trials.grafted]
+        if trials.items:
+            given = pickle.dumps((str(trials.folder.path.resolve()), trials.items), protocol=4)
+            (self.folder.path / engines.ITEMS).write_bytes(given)
+        with engines.Workers(self.folder, self.python, "run") as workers:
+            problem = self.run(workers, parts, [trials.model(one, "fp16", keep) for one in trials.grafted])
+        if problem is not None:
+            raise Unusable(problem)
+        with np.load(self.folder.path / engines.OUTPUTS) as stored:
+            outputs = [
+                values.astype(np.float32)
+                for part in parts
+                for index in range(len(trials.folder.check_inputs(part)))
+                for values in values_of(stored, part.name, [tensor.name for tensor in part.outputs], index)
+                if values.dtype.kind == "f"
+            ]
+        results = self.folder.path / engines.RESULTS
+        return trials.verdict(outputs, pickle.loads(results.read_bytes()) if trials.items else [])
+
+    def run(self, workers: engines.Workers, parts: Sequence[Part], models: Sequence[onnx.ModelProto]) -> Optional[str]:
+        """Has the parts' engines built and run; returns what hinders that, or None."""
+        for part, model in zip(parts, models):
+            self.folder.onnx(part.name, "fp16").write_bytes(model.SerializeToString())
+            self.folder.write_check_inputs(part, self.trials.folder.check_inputs(part))
+        manifest = self.trials.folder.manifest()
+        self.folder.write_manifest(
+            {
+                "parts": [part.to_json() for part in parts],
+                "settings": manifest["settings"],
+                # caches are copied instead of updated in place: inputs stay as they were given
+                "patched": {"fp16": {part.name: {"in_place": {}} for part in parts}},
+            }
+        )
+        answer = workers.ask("fp16")
+        self.built_with = answer.get("built_with", self.built_with)
+        return answer.get("failed")
+
+
+def values_of(stored: Mapping[str, np.ndarray], part: str, names: Sequence[str], index: int) -> List[np.ndarray]:
+    """Tensors of a part's run on the input set of that index."""
+    return [stored[f"{part}/{index}/{name}"] for name in names]
+
+
+def described(bars: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(
+        f"{bar['metric']} {number(bar['value'])} ({'met' if bar['met'] else 'missed'}:"
+        f" {'≥' if bar['at_least'] else '≤'} {number(bar['limit'])})"
+        for bar in bars
+    )
+
+
+def print_jumps(where: str, measured: Sequence[drift.TensorError]) -> None:
+    jumps = [one for one in measured if one.jumps]
+    print(f"{where}: the error jumps at {len(jumps)} of {len(measured)} tensors{', first at' if jumps else ''}")
+    for one in jumps[:LISTED]:
+        print(f"  {one.part}: {one.node.op} {one.node.name}: {number(one.before)} → {number(one.error)}", flush=True)
+
+
+def find_drift(folder: BuildFolder, samples: Sequence[AnySample], trt: str) -> int:
+    """Prints where FP16 loses precision and which nodes should stay in FP32; leaves drift.md and keep-fp32.txt."""
+    obstacle = tensorrt_absent(trt)
+    with tempfile.TemporaryDirectory(dir=folder.path) as name:
+        trials = Fp16Trials(folder, samples, Path(name))
+        in_tensorrt = Fp16Engines(trials, Path(name) / "engines", trt)
+        measured = trials.errors(())
+        table, target = folder.path / "drift.md", folder.path / "keep-fp32.txt"
+        write_text(table, drift.markdown(measured, folder.spec.title))
+        print_jumps(str(table), measured)
+        if obstacle is None:
+            print("building engines with all tensors as outputs", flush=True)
+            try:
+                theirs = in_tensorrt.errors()
+            except Unusable as problem:
+                obstacle = str(problem)
+        if obstacle is not None:
+            print(f"without TensorRT: {obstacle}")
+        elif in_tensorrt.built_with is not None:
+            write_text(table, drift.markdown(measured, folder.spec.title, theirs, in_tensorrt.built_with))
+            print_jumps(f"{in_tensorrt.built_with['tensorrt']}", theirs)
+        print("searching for nodes to keep in FP32")
+        found = drift.grow(trials.errors, trials.meets, trials.candidates)
+        if found is None:
+            print("there is no such set: FP32 misses the bars, too")
+            return 1
+        keep, complete = drift.shrink(found, trials.meets, MOST_TRIALS)
+        bars = {len(nodes): described(trials.judged(nodes)) for nodes in ([], keep)}
+        command = folder.command("surgeon.py", "--precision", "fp16", "--keep-fp32", str(target))
+        lines = [f"# Nodes that stay in FP32 when `{command}` makes the FP16 graphs."]
+        lines += [f"# With {count} nodes in FP32: {metrics}" for count, metrics in bars.items()]
+        if not complete:
+            lines.append(f"# The search ended after {MOST_TRIALS} trials: fewer nodes may do.")
+        write_text(target, "\n".join([*lines, *keep]) + "\n")
+        print(f"{target}: {len(keep)} of {len(trials.candidates)} nodes must stay in FP32")
+        for node in keep:
+            print(f"  {node}", flush=True)
+        if obstacle is None:
+            print("building the engines of that", flush=True)
+            try:
+                verdict = described(in_tensorrt.judged(keep))
+            except Unusable as problem:
+                verdict = f"failed: {problem}"
+            print(f"TensorRT with {len(keep)} nodes in FP32: {verdict}")
+    return 0
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single plugins
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_node(kind: ablation.Kind, folder: BuildFolder, precisions: Sequence[str]) -> None:
+    """Makes the folder one whose parts are the kind's first node, as `plugin`, and its subgraph as TensorRT's `layers`.
+
+    Integers that a kernel would count up in place stay: run after run does the same.
+    """
+    import onnx
+
+    import surgeon
+
+    parts: Dict[str, Part] = {}
+    patched: Dict[str, Dict[str, Any]] = {precision: {} for precision in precisions}
+    for precision in precisions:
+        for name in ("layers", "plugin"):
+            graph, match = kind.isolated()
+            parts[name] = part = ablation.alone(name, graph, kind.sizes)
+            used = []
+            if name == "plugin":
+                surgeon.graft(graph, plugins.find(kind.plugin), match)
+                graph.cleanup()
+                used = [kind.plugin]
+            if precision == "fp16":
+                surgeon.to_fp16(graph, part, [node for node in graph.nodes if node.name in kind.in_fp32])
+            onnx.save(surgeon.finish(graph, used), folder.onnx(name, precision))
+            floats = {tensor.name for tensor in part.inputs if tensor.internal}
+            in_place = {made: taken for made, taken in surgeon.in_place(graph).items() if taken in floats}
+            patched[precision][name] = {"in_place": in_place}
+    folder.write_manifest({"parts": [part.to_json() for part in parts.values()], "settings": {}, "patched": patched})
+
+
+def node_kinds(folder: BuildFolder, wanted: Collection[str], sizes: Optional[int]) -> List[ablation.Kind]:
+    """All kinds of nodes of the plugins `wanted`, at the first `sizes` sizes of each part."""
+    import onnx
+
+    import surgeon
+
+    found: List[ablation.Kind] = []
+    for part in folder.parts():
+        plain = surgeon.grafted(folder, part, plugins.names())
+        matches = surgeon.find_matches(plain.graph, part, folder.onnx(part.name))
+        chosen = {name: matches[name] for name in matches if name in wanted}
+        if chosen:
+            model = onnx.load(folder.onnx(part.name))
+            for one in part.time_at[:sizes]:
+                found += ablation.kinds(part, model, chosen, plain.left, one)
+    return found
+
+
+def ablate(
+    folder: BuildFolder, wanted: Collection[str], precisions: Sequence[str], sizes: Optional[int], trt: str
+) -> int:
+    """Times plugins one by one against TensorRT's own layers; leaves ablation.md and ablation.json."""
+    if sizes is not None and sizes < 1:
+        raise Unusable("--sizes begins at 1")
+    parts = folder.parts()
+    patched = [key for key in precisions if all(folder.onnx(part.name, key).is_file() for part in parts)]
+    if not patched:
+        folder.require(folder.onnx(parts[0].name, precisions[0]), "surgeon.py", "--precision", precisions[0])
+    obstacle = tensorrt_absent(trt)
+    if obstacle is not None:
+        raise Unusable(f"--ablation needs TensorRT on a GPU: {obstacle}")
+    if plugins.library_path() is None:
+        raise Unusable("--ablation needs the plugin library: build it as plugins/CMakeLists.txt says")
+    kinds = node_kinds(folder, wanted, sizes)
+    if not kinds:
+        raise Unusable(f"{folder.spec.name} has nothing for {', '.join(sorted(wanted))} to replace")
+    rows: List[Dict[str, Any]] = []
+    earlier = ablation.rows_before(folder)
+    report: Dict[str, Any] = {
+        "model": folder.spec.name,
+        "weights": folder.manifest()["weights"],
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    with tempfile.TemporaryDirectory(dir=folder.path) as name:
+        scratch = BuildFolder(Path(name), folder.spec.name)
+        scratch.path.mkdir()
+        with engines.Workers(scratch, trt, "time") as workers:
+            for kind in tqdm(kinds, "nodes", unit="node", disable=None, leave=False):
+                write_node(kind, scratch, patched)
+                for precision in patched:
+                    rows.append({**kind.described(), "precision": precision, **workers.ask(precision)})
+                    tqdm.write(" | ".join([precision, *ablation.cells(rows[-1])]))
+                report["rows"] = ablation.joined(rows, earlier)
+                path = ablation.write(folder, report)  # each time: what is measured stays when the rest is too much
+    print(path)
+    return 1 if any("failed" in row or not np.isfinite(row["difference"]) for row in rows) else 0
 
 
 def main() -> int:
@@ -591,6 +1030,21 @@ def runnable(on_gpu: bool, trt_python: str) -> List[str]:
     if not on_gpu:
         return ["pytorch", "onnxruntime", "patched"]
     return [kind for kind in KINDS if kind != "tensorrt" or tensorrt_obstacle(trt_python) is None]
+
+
+def tensorrt_absent(python: str) -> Optional[str]:
+    """Why TensorRT is not at hand with that interpreter, or None if it is."""
+    return "no GPU" if gpu_name() is None else tensorrt_obstacle(python)
+
+
+def tensorrt_obstacle(python: str) -> Optional[str]:
+    """Why TensorRT cannot run here with that interpreter, or None if it can."""
+    check = "import sys, infer_trt; sys.exit(infer_trt.tensorrt_obstacle())"
+    try:
+        done = subprocess.run([python, "-c", check], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError as problem:
+        return f"{python}: {problem.strerror}"
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashes"])[-1]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A plugin's subgraph becomes a graph of its own, with the shapes that it has at o
 plugin node, and as the exporter wrote it, in the types that `surgeon.py --without` gives it.  So each plugin, also one
 that contains others or is off by default, is measured against what TensorRT would run in its place.
 
-`compare.py --ablation` builds and times both, see comparison/ablation.py.
+`compare.py --ablation` builds and times both.
 """
 
 from __future__ import annotations

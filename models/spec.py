@@ -266,9 +266,6 @@ class ResultWriter(Protocol):
         """Shows or stores the result for the input file `path`."""
 
 
-PART_ERROR = "part max abs"  # the metric of a bar on the largest absolute error of any part
-
-
 @dataclass(frozen=True)
 class Bar:
     """A limit that `compare.py` enforces on a metric."""
@@ -280,10 +277,6 @@ class Bar:
     def met(self, value: float) -> bool:
         """NaN never meets a bar."""
         return value >= self.limit if self.at_least else value <= self.limit
-
-    def judged(self, value: float) -> Dict[str, Any]:
-        """For reports."""
-        return {**asdict(self), "value": value, "met": self.met(value)}
 
 
 @dataclass(frozen=True)
@@ -306,7 +299,7 @@ class ModelSpec:
                 users would notice
     badness     `score`'s metrics of one sample → larger, the worse
     describe    result or truth → itself in a line of text
-    bars        precision → limits on PART_ERROR and on `difference`'s metrics
+    bars        precision → limits on "part max abs" (largest absolute error of any part) and on `difference`'s metrics
     untouched   item → the result that is the input itself, whose score shows the model's gain; None where there is none
     picture     (result or truth, PNG file) → stores it; None where its description shows it
     """

@@ -15,13 +15,11 @@ import onnx
 import onnxruntime
 import pytest
 
-import comparison.ablation
+import compare
 import plugins
 from build_engine import COMPUTE_CAPABILITIES, build, find_tensorrt, gpu_name
-from comparison.ablation import ablate, node_kinds, write_node
 from models import ablation, drift
 from models.chain import BuildFolder
-from models.spec import Unusable
 from tests.conftest import MODELS, run_step
 
 SMALL = {"network": {"batch": 2, "height": 64, "width": 48}}
@@ -44,7 +42,7 @@ def small(copied: Path) -> Path:
 
 def one_of_each(folder: BuildFolder) -> list[ablation.Kind]:
     """The last kind of each plugin in each part."""
-    kinds = node_kinds(folder, plugins.names(), None)
+    kinds = compare.node_kinds(folder, plugins.names(), None)
     return list({(kind.part.name, kind.plugin): kind for kind in kinds}.values())
 
 
@@ -69,7 +67,7 @@ def test_shapes_are_those_that_tensors_have(built, model):
 def test_every_node_is_of_one_kind(built, model):
     """Also of plugins that are off by default or that contain others."""
     folder = BuildFolder(built, model)
-    kinds = [kind for kind in node_kinds(folder, plugins.names(), None)]
+    kinds = [kind for kind in compare.node_kinds(folder, plugins.names(), None)]
     for part in folder.parts():
         for sizes in part.time_at:
             counts: Counter[str] = Counter()
@@ -81,7 +79,7 @@ def test_every_node_is_of_one_kind(built, model):
 
 
 def test_restormers_norms(built):
-    kinds = node_kinds(BuildFolder(built, "restormer"), ["channel_layer_norm"], 1)
+    kinds = compare.node_kinds(BuildFolder(built, "restormer"), ["channel_layer_norm"], 1)
     rows = [kind.described() for kind in kinds]
     assert [(row["count"], row["inputs"]) for row in rows] == [
         (4, [[1, 16, 256, 256]]),
@@ -101,7 +99,7 @@ def test_nodes_compute_what_the_layers_do(small, tmp_path, model):
     kinds = one_of_each(BuildFolder(small, model))
     assert kinds
     for kind in kinds:
-        write_node(kind, folder, ["fp32", "fp16"])
+        compare.write_node(kind, folder, ["fp32", "fp16"])
         for precision, tolerance, dtype in (("fp32", 2e-5, np.float32), ("fp16", 2e-3, np.float16)):
             results = {}
             for part in folder.parts():
@@ -133,7 +131,7 @@ def test_layers_have_the_types_that_surgery_without_plugins_gives_them(small, tm
     assert done.returncode == 0, done.stderr
     reference = drift.element_types(onnx.load(plain.onnx("network", "fp16")).graph)
     for kind in one_of_each(plain):
-        write_node(kind, folder, ["fp16"])
+        compare.write_node(kind, folder, ["fp16"])
         graph = onnx.load(folder.onnx("layers", "fp16")).graph
         types = drift.element_types(graph)
         for name in {name for node in graph.node if node.op_type != "Cast" for name in node.output}:
@@ -144,8 +142,8 @@ def test_layers_have_the_types_that_surgery_without_plugins_gives_them(small, tm
 def test_caches_are_updated_in_place(small, tmp_path):
     folder = BuildFolder(tmp_path, "trocr")
     folder.path.mkdir()
-    (kind,) = node_kinds(BuildFolder(small, "trocr"), ["cached_self_attention"], None)
-    write_node(kind, folder, ["fp16"])
+    (kind,) = compare.node_kinds(BuildFolder(small, "trocr"), ["cached_self_attention"], None)
+    compare.write_node(kind, folder, ["fp16"])
     patched = folder.manifest()["patched"]["fp16"]
     assert patched["layers"]["in_place"] == {}
     assert len(patched["plugin"]["in_place"]) == 2
@@ -163,7 +161,7 @@ def test_tensorrt_builds_the_layers(small, tmp_path, model):
     folder = BuildFolder(tmp_path, model)
     folder.path.mkdir()
     for kind in one_of_each(BuildFolder(small, model)):
-        write_node(kind, folder, ["fp32", "fp16"])
+        compare.write_node(kind, folder, ["fp32", "fp16"])
         for precision in ("fp32", "fp16"):
             part = next(part for part in folder.parts() if part.name == "layers")
             source, timings = folder.onnx("layers", precision), tmp_path / "timings"
@@ -199,10 +197,11 @@ def ablated(folder: BuildFolder, worker: str, monkeypatch: pytest.MonkeyPatch, *
     python = folder.path / "python"
     python.write_text(worker)
     python.chmod(0o755)
-    monkeypatch.setattr(comparison.ablation, "tensorrt_absent", lambda python: None)
-    monkeypatch.setattr(plugins, "library_path", lambda: python)
+    monkeypatch.setattr(compare, "gpu_name", lambda: "a GPU")
+    monkeypatch.setattr(compare, "tensorrt_obstacle", lambda python: None)
+    monkeypatch.setattr(compare.plugins, "library_path", lambda: python)
     wanted = options.get("wanted", plugins.names())
-    return ablate(folder, wanted, options.get("precisions", ["fp32", "fp16"]), 1, str(python))
+    return compare.ablate(folder, wanted, options.get("precisions", ["fp32", "fp16"]), 1, str(python))
 
 
 def test_a_worker_that_dies_is_one_row(small, monkeypatch, capsys):
@@ -251,9 +250,9 @@ def test_rows_of_earlier_runs_stay_while_they_hold(small, monkeypatch):
 
 def test_a_worker_that_cannot_begin(small, monkeypatch):
     folder = BuildFolder(small, "trocr")
-    with pytest.raises(Unusable, match="TensorRT cannot begin: no pycuda"):
+    with pytest.raises(compare.Unusable, match="TensorRT cannot begin: no pycuda"):
         ablated(folder, f"#!{sys.executable}\nimport sys\nsys.exit('no pycuda')", monkeypatch)
-    with pytest.raises(Unusable, match="trocr has nothing for pixel_shuffle to replace"):
+    with pytest.raises(compare.Unusable, match="trocr has nothing for pixel_shuffle to replace"):
         ablated(folder, WORKER, monkeypatch, wanted=["pixel_shuffle"])
 
 

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 
-import comparison.drift
+import compare
 from build_engine import build, find_tensorrt, gpu_name
 from models.chain import BuildFolder
 from models.drift import (
@@ -363,7 +363,7 @@ from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
 from infer_trt import OnnxRuntimeExecutor
-from comparison import engines
+from models import engines
 from models.chain import BuildFolder
 def build_all(folder, *_):
     if [part.name for part in folder.parts()] == ["prefill"]:
@@ -389,8 +389,9 @@ def searched(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
         python = copied / "python"
         python.write_text(worker)
         python.chmod(0o755)
-        monkeypatch.setattr(comparison.drift, "tensorrt_absent", lambda python: None)
-        return comparison.drift.find_drift(folder, folder.spec.samples(folder.manifest()["settings"]), str(python))
+        monkeypatch.setattr(compare, "gpu_name", lambda: "a GPU")
+        monkeypatch.setattr(compare, "tensorrt_obstacle", lambda python: None)
+        return compare.find_drift(folder, folder.spec.samples(folder.manifest()["settings"]), str(python))
 
     return search
 

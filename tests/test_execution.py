@@ -10,11 +10,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+import compare
 import plugins
 import surgeon
 from build_engine import TensorRT, capped
 from compare import by_plugin, error_statistics, kind_and_precision, labels_of, random_inputs
-from comparison import machine
 from infer_trt import nearest
 from models.chain import BuildFolder
 from models.report import layer_table
@@ -136,13 +136,13 @@ def test_the_machine_is_one_line(monkeypatch, tmp_path):
     tool.write_text("#!/bin/sh\necho 1.2.3\necho 1.2.3\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(machine, "gpu_name", lambda: "the second GPU")
-    assert machine.machine().endswith(" cores; the second GPU, driver 1.2.3")
+    monkeypatch.setattr(compare, "gpu_name", lambda: "the second GPU")
+    assert compare.machine().endswith(" cores; the second GPU, driver 1.2.3")
     tool.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.machine().endswith(" cores; the second GPU")
-    monkeypatch.setattr(machine, "gpu_name", lambda: None)
-    assert machine.machine().endswith(" cores; no GPU")
+    assert compare.machine().endswith(" cores; the second GPU")
+    monkeypatch.setattr(compare, "gpu_name", lambda: None)
+    assert compare.machine().endswith(" cores; no GPU")
 
 
 def test_random_inputs_have_the_sizes_and_integers_asked_for():

@@ -18,13 +18,12 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
+import compare
 import infer_trt
 import plugins
 from build_engine import TensorRT, capped, profile_shapes
-from comparison import engines
-from comparison.ablation import node_kinds, write_node
 from infer_trt import OnnxRuntimeExecutor, TensorRTExecutor
-from models import drift
+from models import drift, engines
 from models.chain import BuildFolder
 from models.spec import Part, TensorSpec
 from models.trocr.decoding import Generation
@@ -402,9 +401,9 @@ def test_images_lie_as_the_engine_wants_them(measure_node, monkeypatch, tmp_path
 def test_single_nodes_agree_with_the_layers_that_they_replace(built, measure_node, tmp_path):
     folder = BuildFolder(tmp_path, "trocr")
     folder.path.mkdir()
-    kinds = node_kinds(BuildFolder(built, "trocr"), plugins.names(), 1)
+    kinds = compare.node_kinds(BuildFolder(built, "trocr"), plugins.names(), 1)
     for kind in kinds:
-        write_node(kind, folder, ["fp16"])
+        compare.write_node(kind, folder, ["fp16"])
         assert measure_node(folder)["difference"] < 2e-3
     assert {kind.part.name for kind in kinds} == {"encoder", "prefill", "step"}
 

@@ -168,12 +168,18 @@ def test_errors_keep_nan():
     assert np.isnan(error_statistics(np.ones(3), np.array([1, np.nan, 1]))["abs max"])
 
 
-def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(built):
+GREEDY_STATE = ("sequences", "position", "finished")
+BEAM_STATE = (*GREEDY_STATE, "scores", "ancestors", "hypotheses", "lengths", "hypothesis_scores")
+
+
+@pytest.mark.parametrize(("folder", "state"), [("built", GREEDY_STATE), ("built_beams", BEAM_STATE)])
+def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(request, folder, state):
+    built = request.getfixturevalue(folder)
     patched = json.loads((built / "trocr" / "manifest.json").read_text())["patched"]["fp16"]
     layers = range(2)
     assert patched["step"]["in_place"] == {
         **{f"present_{kind}_{layer}": f"self_{kind}_{layer}" for layer in layers for kind in ("key", "value")},
-        **{f"next_{name}": name for name in ("sequences", "position", "finished")},
+        **{f"next_{name}": name for name in state},
     }
     assert patched["encoder"]["in_place"] == {}
     grafted, owned = patched["step"]["plugins"], Counter(patched["step"]["owners"].values())

@@ -2,10 +2,10 @@
 //
 // Floor: the logits are read once, 100 KB a row in FP16: what counts is latency.  A first kernel spreads them over many
 // blocks, each with all its loads on their way at once, and leaves the highest logit of each segment of a row, and each
-// chunk's share of the row's Σ exp(logit).  A second one, a block for each image, knows with these what each token's
-// total is.  The `kept` best tokens are in the segments of the `kept` best ones, the first of equal ones: only those
-// are read again.  Then it moves the state on, and is the only one that does; the position, which all its blocks read,
-// is the first kernel's copy.
+// chunk's share of the row's Σ exp(logit), with which a logit becomes a continuation's total.  A second kernel, a block
+// for each image, ranks the segments by their highest.  The `kept` best continuations are all in the first `kept` of
+// them, ties included, since equal ones are in the order of their places: only these are read again.  Then it moves the
+// state on, and is the only one that does; the position, which all its blocks read, is the first kernel's copy.
 #include <cfloat>
 
 #include "beam_choice/kernel.cuh"

@@ -231,7 +231,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         import torch
 
         environment["PyTorch"] = torch.__version__
-        loaded = spec.load(manifest["weights_argument"], **manifest["load_options"])
+        loaded = spec.load(manifest["weights_argument"], **manifest.get("load_options", {}))
         torch_executor = TorchExecutor(loaded, precision, compiled=kind == "torch.compile")
         executor = torch_executor
         if label == REFERENCE:

@@ -122,8 +122,8 @@ class Task:
 class Measurement:
     """What a worker hands back, beside the end results.
 
-    parts       part → output → array, on the part inputs that the reference recorded; without integers, of which
-                another one is no error of rounding
+    parts       part → output → array, on the part inputs that the reference recorded; without those that follow from
+                choices, of which another one is no error of rounding
     part_ms     part → latencies in ms, transfers included
     total_ms    latencies in ms of all samples together, from loaded image to result; one for each pass
     sized       a part at some size → output → array, on random inputs: what users see, else the part's first output
@@ -168,9 +168,10 @@ class TorchExecutor:
         self.calls: Counter[str] = Counter()
 
     def tensors(self, part: str, inputs: Mapping[str, Any]) -> List[torch.Tensor]:
-        """The inputs of a part on the device; floating-point ones in the module's type."""
-        tensors = [self.torch.as_tensor(inputs[tensor.name]).to(self.device) for tensor in self.parts[part].inputs]
-        return [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+        """The inputs of a part on the device; approximate ones in the module's type."""
+        specs = self.parts[part].inputs
+        tensors = [self.torch.as_tensor(inputs[spec.name]).to(self.device) for spec in specs]
+        return [tensor.to(self.dtype) if spec.is_approximate else tensor for spec, tensor in zip(specs, tensors)]
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
         if self.recording:
@@ -231,7 +232,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         import torch
 
         environment["PyTorch"] = torch.__version__
-        loaded = spec.load(manifest["weights_argument"])
+        loaded = spec.load(manifest["weights_argument"], **manifest.get("load_options", {}))
         torch_executor = TorchExecutor(loaded, precision, compiled=kind == "torch.compile")
         executor = torch_executor
         if label == REFERENCE:
@@ -259,7 +260,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
     for name, inputs in pickle.loads((shared / "part_inputs.pickle").read_bytes()).items():
         part = next(part for part in folder.parts() if part.name == name)
         outputs, part_ms[name] = timed(partial(executor.run, name, inputs))
-        parts[name] = {tensor.name: as_numpy(outputs[tensor.name]) for tensor in part.outputs if tensor.is_float}
+        parts[name] = {tensor.name: as_numpy(outputs[tensor.name]) for tensor in part.outputs if tensor.is_approximate}
     total_ms = run_samples(run_batch, task, spec.batch_size, results_path(shared, label))
     sized: Dict[str, Dict[str, np.ndarray]] = {}
     timed_ms: Dict[str, List[float]] = {}
@@ -271,7 +272,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         for part in folder.parts():
             for name, inputs in random_inputs(part, executor.limits(part.name)):
                 outputs = executor.run(part.name, inputs)
-                floats = [tensor for tensor in part.outputs if tensor.is_float]
+                floats = [tensor for tensor in part.outputs if tensor.is_approximate]
                 seen = [tensor.name for tensor in floats if not tensor.internal] or [floats[0].name]
                 sized[name] = {output: as_numpy(outputs[output]) for output in seen}
                 timed_ms[name] = executor.latencies(part.name, inputs, 4 * REPEATS)
@@ -494,7 +495,7 @@ def output_groups(parts: Sequence[Part]) -> Dict[str, Tuple[str, List[str]]]:
     parts see in one."""
     groups = {}
     for part in parts:
-        floats = [tensor for tensor in part.outputs if tensor.is_float]
+        floats = [tensor for tensor in part.outputs if tensor.is_approximate]
         internal = [tensor.name for tensor in floats if tensor.internal]
         for tensor in floats:
             if not tensor.internal or len(internal) == 1:
@@ -671,11 +672,11 @@ class Fp16Trials:
             self.scratch.onnx(part.name, "fp32").write_bytes(model.SerializeToString())
         executor = OnnxRuntimeExecutor(self.scratch, "fp32")
         outputs = [
-            output
+            made[tensor.name]
             for part in parts
-            for inputs in self.folder.check_inputs(part)
-            for output in executor.run(part.name, inputs).values()
-            if output.dtype.kind == "f"
+            for made in (executor.run(part.name, inputs) for inputs in self.folder.check_inputs(part))
+            for tensor in part.outputs
+            if tensor.is_approximate
         ]
         return outputs, engines.run_items(self.folder.spec, executor, settings, self.folder.path, self.items)
 
@@ -705,7 +706,11 @@ class Fp16Trials:
             error
             for one, exact in zip(self.grafted, self.exact)
             for error in drift.tensor_errors(
-                one.part.name, exact, self.model(one, "fp16", keep), self.folder.check_inputs(one.part)
+                one.part.name,
+                exact,
+                self.model(one, "fp16", keep),
+                self.folder.check_inputs(one.part),
+                chosen=one.part.chosen,
             )
         ]
 
@@ -728,7 +733,7 @@ class Fp16Engines:
         with engines.Workers(self.folder, self.python, "run") as workers:
             for one, exact in zip(self.trials.grafted, self.trials.exact):
                 half, input_sets = self.trials.model(one, "fp16"), self.trials.folder.check_inputs(one.part)
-                names = [name for node in drift.nodes_of(exact.graph) for name in node.outputs]
+                names = [name for node in drift.nodes_of(exact.graph, one.part.chosen) for name in node.outputs]
                 part, marked = drift.marked(one.part, half, names)
                 problem = self.run(workers, [drift.sized(part, input_sets, only=True)], [marked])
                 if problem is not None:
@@ -736,7 +741,7 @@ class Fp16Engines:
                     continue
                 with np.load(self.folder.path / engines.OUTPUTS) as outputs:
                     values = partial(values_of, outputs, part.name)
-                    found += drift.tensor_errors(part.name, exact, half, input_sets, values)
+                    found += drift.tensor_errors(part.name, exact, half, input_sets, values, one.part.chosen)
         return found
 
     def judged(self, keep: Collection[str]) -> List[Dict[str, Any]]:
@@ -755,8 +760,9 @@ class Fp16Engines:
                 values.astype(np.float32)
                 for part in parts
                 for index in range(len(trials.folder.check_inputs(part)))
-                for values in values_of(stored, part.name, [tensor.name for tensor in part.outputs], index)
-                if values.dtype.kind == "f"
+                for values in values_of(
+                    stored, part.name, [tensor.name for tensor in part.outputs if tensor.is_approximate], index
+                )
             ]
         results = self.folder.path / engines.RESULTS
         return trials.verdict(outputs, pickle.loads(results.read_bytes()) if trials.items else [])
@@ -871,10 +877,12 @@ def write_node(kind: ablation.Kind, folder: BuildFolder, precisions: Sequence[st
     for precision in precisions:
         for name in ("layers", "plugin"):
             graph, match = kind.isolated()
-            parts[name] = part = ablation.alone(name, graph, kind.sizes)
-            used = []
+            plugin, used = plugins.find(kind.plugin), []
+            fp32 = [match.inputs[index].name for index in plugin.fp32_inputs]
+            fp32 += [match.outputs[made].name for made, taken in plugin.in_place.items() if taken in plugin.fp32_inputs]
+            parts[name] = part = ablation.alone(name, graph, kind.sizes, fp32)
             if name == "plugin":
-                surgeon.graft(graph, plugins.find(kind.plugin), match)
+                surgeon.graft(graph, plugin, match)
                 graph.cleanup()
                 used = [kind.plugin]
             if precision == "fp16":

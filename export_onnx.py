@@ -5,6 +5,7 @@
     python export_onnx.py restormer --weights deblurring.pth      one of the authors' checkpoints, any task
     python export_onnx.py trocr --weights microsoft/trocr-base-printed
     python export_onnx.py trocr --weights random:small
+    python export_onnx.py trocr --num-beams 4                     beam search, whatever the generation settings say
 
 Leaves build/<model>/<part>.onnx, opset 17 (the newest that TensorRT 8.6 reads), with named dynamic axes, and the
 manifest.  Every part runs in ONNX Runtime at sizes that the exporter has not seen; the largest absolute error against
@@ -155,7 +156,9 @@ def as_arrays(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> list[np.ndarr
     return [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
-def export_model(folder: BuildFolder, loaded: LoadedModel, weights_argument: str) -> bool:
+def export_model(
+    folder: BuildFolder, loaded: LoadedModel, weights_argument: str, load_options: Mapping[str, int]
+) -> bool:
     """Exports and checks every part; the manifest is written only when all passed."""
     folder.clear()
     print(f"{folder.spec.title}: {loaded.weights}")
@@ -185,6 +188,7 @@ def export_model(folder: BuildFolder, loaded: LoadedModel, weights_argument: str
                 "model": folder.spec.name,
                 "weights": loaded.weights,
                 "weights_argument": weights_argument,
+                "load_options": load_options,
                 "parts": [exportable.part.to_json() for exportable in loaded.parts],
                 "settings": loaded.settings,
             }
@@ -200,14 +204,20 @@ def main() -> int:
         metavar="demo|random[:VARIANT]|FILE|FOLDER|HUB_ID",
         help="restormer: a checkpoint file of the authors; trocr: a Hugging Face folder or hub id (demo)",
     )
+    arguments.add_argument(
+        "--num-beams", type=int, metavar="N", help="trocr: of the search (what the weights' generation settings say)"
+    )
     options = arguments.parse_args()
     folder = BuildFolder(options.build_dir, options.model)
-    loaded = folder.spec.load(options.weights)
+    load_options = {} if options.num_beams is None else {"num_beams": options.num_beams}
+    if not set(load_options) <= set(folder.spec.load_options):
+        raise Unusable(f"{folder.spec.name} takes no --num-beams")
+    loaded = folder.spec.load(options.weights, **load_options)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as problem:
         raise Unusable(f"{folder.path} is not a folder: choose another --build-dir") from problem
-    return 0 if export_model(folder, loaded, options.weights) else 1
+    return 0 if export_model(folder, loaded, options.weights, load_options) else 1
 
 
 if __name__ == "__main__":

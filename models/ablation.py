@@ -139,21 +139,27 @@ def isolated(match: Match, shapes: Shapes, values: Mapping[str, np.ndarray]) -> 
     return graph.toposort(), inside
 
 
-def alone(name: str, graph: gs.Graph, sizes: Mapping[str, int]) -> Part:
-    """An isolated graph as a part whose floating-point tensors are all of the graph's precision.
+def alone(name: str, graph: gs.Graph, sizes: Mapping[str, int], fp32: Collection[str] = ()) -> Part:
+    """An isolated graph as a part whose floating-point tensors are all of the graph's precision, but for those called
+    `fp32`.
 
     sizes  what its part is timed at: the integer inputs have their values there, or 0 where the part computes them
     """
 
     def specified(tensors: Sequence[gs.Tensor]) -> Tuple[TensorSpec, ...]:
-        types = [np.dtype(tensor.dtype) for tensor in tensors]
         return tuple(
-            TensorSpec(tensor.name, dtype.name, tuple(tensor.shape), dtype.kind == "f")
-            for tensor, dtype in zip(tensors, types)
+            TensorSpec(
+                tensor.name,
+                np.dtype(tensor.dtype).name,
+                tuple(tensor.shape),
+                internal=np.dtype(tensor.dtype).kind == "f" and tensor.name not in fp32,
+                chosen=tensor.name in fp32,
+            )
+            for tensor in tensors
         )
 
     inputs = specified(graph.inputs)
-    integers = {tensor.name: sizes.get(tensor.name, 0) for tensor in inputs if not tensor.internal}
+    integers = {tensor.name: sizes.get(tensor.name, 0) for tensor in inputs if not tensor.is_float}
     return Part(name, inputs, specified(graph.outputs), (), time_at=(integers,))
 
 
@@ -220,8 +226,9 @@ def kinds(
 
 
 def listed(sizes: Mapping[str, int]) -> str:
-    """What a part is timed at; which tokens there are makes no difference."""
-    return ", ".join(f"{name} {value}" for name, value in sizes.items() if name not in ("sequences", "finished"))
+    """What a part is timed at; but for the position, what the state of a search is makes no difference."""
+    left_out = ("sequences", "ancestors", "hypotheses", "lengths", "finished")
+    return ", ".join(f"{name} {value}" for name, value in sizes.items() if name not in left_out)
 
 
 def random_inputs(part: Part, limits: Mapping[str, Tuple[int, int]]) -> Iterator[Tuple[str, Dict[str, np.ndarray]]]:

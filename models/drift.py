@@ -216,15 +216,15 @@ def relative_error(exact: np.ndarray, values: np.ndarray) -> float:
 Run = Callable[[Sequence[str], int], Sequence[np.ndarray]]  # tensors, index of an input set → their values
 
 
-def nodes_of(exact: onnx.GraphProto) -> List[Node]:
-    """The nodes of a graph in FP32, in topological order."""
+def nodes_of(exact: onnx.GraphProto, chosen: Collection[str] = ()) -> List[Node]:
+    """The nodes of a graph in FP32, in topological order, without the tensors that are `chosen`, see TensorSpec."""
     import onnx
 
     types = element_types(exact)
-    constants = {tensor.name for tensor in exact.initializer}
+    left_out = {tensor.name for tensor in exact.initializer} | set(chosen)
 
     def floats(names: Sequence[str]) -> List[str]:
-        return [name for name in names if types.get(name) == onnx.TensorProto.FLOAT and name not in constants]
+        return [name for name in names if types.get(name) == onnx.TensorProto.FLOAT and name not in left_out]
 
     return [Node(node.name, node.op_type, floats(node.input), floats(node.output)) for node in exact.node]
 
@@ -235,16 +235,18 @@ def tensor_errors(
     half: onnx.ModelProto,
     input_sets: Sequence[Mapping[str, np.ndarray]],
     run: Optional[Run] = None,
+    chosen: Collection[str] = (),
 ) -> List[TensorError]:
     """The errors of all floating-point tensors that nodes of a graph make, in topological order.
 
     exact, half  the graph in FP32, and in FP16 with some nodes in FP32
     run          computes the latter; a trial unless it is given
+    chosen       tensors whose errors say nothing, see TensorSpec
     """
     import onnx
 
     half_types = element_types(half.graph)
-    nodes = nodes_of(exact.graph)
+    nodes = nodes_of(exact.graph, chosen)
     names = [name for node in nodes for name in node.outputs]
     exact_session = exposing(exact, names)
     if run is None:

@@ -49,17 +49,24 @@ class TensorSpec:
     """An input or output of a part.
 
     `shape` holds sizes and names of dims.  An `internal` tensor passes from part to part and never reaches the user:
-    it takes the precision of the graph (a K/V cache in FP16), while all others keep `dtype`.
+    it takes the precision of the graph (a K/V cache in FP16), while all others keep `dtype`.  A `chosen` one follows
+    from choices, as integers do: another value is no error of rounding; it is computed with in its own `dtype`.
     """
 
     name: str
     dtype: str
     shape: Tuple[Union[int, str], ...]
     internal: bool = False
+    chosen: bool = False
 
     @property
     def is_float(self) -> bool:
         return self.dtype.startswith("float")
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether its error tells how precisely a part computes."""
+        return self.is_float and not self.chosen
 
     def sizes(self, dims: Mapping[str, int]) -> Tuple[int, ...]:
         """The shape with every name replaced by its size in `dims`."""
@@ -85,6 +92,11 @@ class Part:
         """The sizes of the dims that engines are tuned for; a dim with fewer optima than others repeats its last."""
         count = max((len(dim.optima) for dim in self.dims), default=1)
         return [{dim.name: dim.optima[min(index, len(dim.optima) - 1)] for dim in self.dims} for index in range(count)]
+
+    @property
+    def chosen(self) -> List[str]:
+        """The names of the tensors that follow from choices."""
+        return [tensor.name for tensor in (*self.inputs, *self.outputs) if tensor.chosen]
 
     def limits(self) -> Dict[str, Tuple[int, int]]:
         """The smallest and the largest size of each dim."""
@@ -283,7 +295,9 @@ class Bar:
 class ModelSpec:
     """What the chain needs to know of a model.
 
-    load        weights argument → LoadedModel (see `export_onnx.py --help`); the only function that imports PyTorch
+    load        (weights argument, load_options) → LoadedModel (see `export_onnx.py --help`); the only function that
+                imports PyTorch
+    load_options  what `load` takes by name: further arguments of export_onnx.py
     workloads   settings → what is timed as a whole, by name: (executor) → anything
     is_input    (file in an input folder, settings) → whether it is one, rather than a companion of another
     read        (file, settings) → item; raises Unusable with the file's name
@@ -306,7 +320,7 @@ class ModelSpec:
 
     name: str
     title: str
-    load: Callable[[str], LoadedModel]
+    load: Callable[..., LoadedModel]
     read: Callable[[Path, Mapping[str, Any]], Any]
     run: Callable[[Executor, Mapping[str, Any], Path, Any], List[Any]]
     batch_size: int
@@ -322,6 +336,7 @@ class ModelSpec:
     prepare: Callable[[Sequence[Any], Mapping[str, Any]], Any] = lambda items, settings: items
     untouched: Optional[Callable[[Any], Any]] = None
     picture: Optional[Callable[[Any, Path], None]] = None
+    load_options: Sequence[str] = ()
     workloads: Callable[[Mapping[str, Any]], Mapping[str, Callable[[Executor], Any]]] = lambda settings: {}
     is_input: Callable[[Path, Mapping[str, Any]], bool] = lambda path, settings: True
 

@@ -66,6 +66,11 @@ class Plugin:
         return getattr(self.pattern, "IN_PLACE", {})
 
     @property
+    def fp32_inputs(self) -> Tuple[int, ...]:
+        """The floating-point inputs that are FP32 in every precision; outputs are that may take their memory."""
+        return getattr(self.pattern, "FP32_INPUTS", ())
+
+    @property
     def function(self) -> onnx.FunctionProto:
         """The operator as an ONNX local function; it serves any float type and computes in FP32."""
         import onnx.parser
@@ -82,6 +87,11 @@ def find(name: str) -> Plugin:
     if name not in names():
         raise Unusable(f"unknown plugin {name!r}: choose from {', '.join(names())}")
     return Plugin(name)
+
+
+def of_operator(op: str) -> Plugin:
+    """The plugin whose operator is called that."""
+    return next(plugin for plugin in map(find, names()) if plugin.op == op)
 
 
 def library_path() -> Optional[Path]:

@@ -93,18 +93,18 @@ def export_graph(
 
 
 @functools.cache
-def trocr_part(name: str) -> tuple[ExportablePart, onnx.ModelProto]:
+def trocr_part(name: str, num_beams: int = 1) -> tuple[ExportablePart, onnx.ModelProto]:
     """A part of the small TrOCR that `--weights demo` gives, with its exported graph."""
     from models.trocr.network import load
 
-    exportable = next(exportable for exportable in load("demo").parts if exportable.part.name == name)
+    exportable = next(exportable for exportable in load("demo", num_beams).parts if exportable.part.name == name)
     return exportable, export(exportable)
 
 
-def assert_replaces_in_trocr(plugin: plugins.Plugin, part: str) -> Sequence[Match]:
+def assert_replaces_in_trocr(plugin: plugins.Plugin, part: str, num_beams: int = 1) -> Sequence[Match]:
     """Finds the plugin's pattern as often as the part says, replaces it, and compares with PyTorch; returns the matches
     as they were found."""
-    exportable, model = trocr_part(part)
+    exportable, model = trocr_part(part, num_beams)
     graph = gs.import_onnx(model)
     matches = plugin.pattern.matches(graph)
     assert len(matches) == exportable.part.plugins[plugin.name] > 0

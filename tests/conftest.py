@@ -40,6 +40,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def built_beams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with TrOCR's demo variant alone, for a search with three beams."""
+    folder = tmp_path_factory.mktemp("beams")
+    for step in (
+        ("export_onnx.py", "trocr", "--num-beams", 3),
+        ("surgeon.py", "trocr", "--precision", "fp32"),
+        ("surgeon.py", "trocr", "--precision", "fp16"),
+    ):
+        done = run_step(*step, "--build-dir", folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.fixture
 def copied(built: Path, tmp_path: Path) -> Path:
     """A copy of `built` that a test may change."""

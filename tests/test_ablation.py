@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,23 @@ def test_restormers_norms(built):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_nodes_compute_what_the_layers_do(small, tmp_path, model):
-    folder = BuildFolder(tmp_path, model)
-    folder.path.mkdir()
     kinds = one_of_each(BuildFolder(small, model))
     assert kinds
+    check_nodes(kinds, BuildFolder(tmp_path, model))
+
+
+def test_nodes_of_beams_compute_what_the_layers_do(built_beams, tmp_path):
+    kinds = compare.node_kinds(BuildFolder(built_beams, "trocr"), plugins.names(), 1)
+    beams = [kind for kind in kinds if kind.plugin in ("beam_choice", "beam_self_attention", "cross_attention")]
+    assert [(kind.plugin, len(kind.matches)) for kind in beams] == [
+        *(("beam_choice", 1), ("beam_self_attention", 2), ("cross_attention", 2))
+    ]
+    check_nodes(beams, BuildFolder(tmp_path, "trocr"))
+
+
+def check_nodes(kinds: Sequence[ablation.Kind], folder: BuildFolder) -> None:
+    """A node computes what the layers do, both in the types that they have within a model."""
+    folder.path.mkdir()
     for kind in kinds:
         compare.write_node(kind, folder, ["fp32", "fp16"])
         for precision, tolerance, dtype in (("fp32", 2e-5, np.float32), ("fp16", 2e-3, np.float16)):
@@ -106,15 +120,15 @@ def test_nodes_compute_what_the_layers_do(small, tmp_path, model):
                 path = folder.onnx(part.name, precision)
                 graph = onnx.load(path).graph
                 ((_, inputs),) = ablation.random_inputs(part, {})
+                internal = {tensor.name for tensor in (*part.inputs, *part.outputs) if tensor.internal}
                 for value in (*graph.input, *graph.output):
                     shape = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
                     assert all(shape), value.name
-                    assert value.type.tensor_type.elem_type != {"fp32": 10, "fp16": 1}[precision]
+                    elem_type = value.type.tensor_type.elem_type
+                    assert elem_type == {"fp32": 1, "fp16": 10}[precision] or value.name not in internal
                 domains = [node.domain for node in graph.node]
                 assert domains == [plugins.DOMAIN] if part.name == "plugin" else set(domains) == {""}
-                typed = {
-                    name: array.astype(dtype) if array.dtype.kind == "f" else array for name, array in inputs.items()
-                }
+                typed = {name: array.astype(dtype) if name in internal else array for name, array in inputs.items()}
                 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
                 results[part.name] = [array.astype(np.float32) for array in session.run(None, typed)]
             scale = max(1.0, *(float(np.abs(array).max()) for array in results["layers"]))

@@ -33,9 +33,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_name() is None, reason="no
 TOLERANCE = {"fp32": 2e-5, "fp16": 2e-3}
 
 
+BEAMS = 4
+
 # integer inputs and outputs, and what they are smaller than; 0 stands for the length
-STATE = {"sequences": 100, "position": 0, "finished": 2}
+STATE = {"sequences": 100, "position": 0, "finished": 2, "ancestors": BEAMS, "hypotheses": 100, "lengths": 0}
 INTEGERS = {**STATE, **{f"next_{name}": bound for name, bound in STATE.items()}}
+# what is FP32 in every precision
+SCORES = ("scores", "hypothesis_scores", "next_scores", "next_hypothesis_scores")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,13 @@ class Case:
     def part(self) -> Part:
         def tensors(shapes: Mapping[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
             return tuple(
-                TensorSpec(name, "int32" if name in INTEGERS else "float32", tuple(shape), name not in INTEGERS)
+                TensorSpec(
+                    name,
+                    "int32" if name in INTEGERS else "float32",
+                    tuple(shape),
+                    internal=name not in INTEGERS and name not in SCORES,
+                    chosen=name in SCORES,
+                )
                 for name, shape in shapes.items()
             )
 
@@ -88,10 +98,11 @@ class Case:
             plugin_namespace=plugins.DOMAIN,
             **self.attributes,
         )
-        half = helper.np_dtype_to_tensor_dtype(dtype)
         values = {
             tensor.name: helper.make_tensor_value_info(
-                tensor.name, half if tensor.internal else onnx.TensorProto.INT32, tensor.shape
+                tensor.name,
+                helper.np_dtype_to_tensor_dtype(dtype if tensor.internal else np.dtype(tensor.dtype)),
+                tensor.shape,
             )
             for tensor in (*self.part.inputs, *self.part.outputs)
         }
@@ -115,7 +126,7 @@ class Case:
         return [
             {
                 tensor.name: random.standard_normal(tensor.sizes(sizes), np.float32)
-                if tensor.internal
+                if tensor.is_float
                 else random.integers(0, INTEGERS[tensor.name] or sizes["length"], tensor.sizes(sizes), np.int32)
                 for tensor in self.part.inputs
             }
@@ -138,6 +149,23 @@ ROWS = [dict(batch=batch, length=length) for batch, length in ((16, 64), (1, 8),
 CACHES = {f"{kind}_cache": ("batch", 8, "length", 64) for kind in ("key", "value")}
 PRESENT = {f"present_{kind}": ("batch", 8, "length", 64) for kind in ("key", "value")}
 TOKEN = ("batch", 1, 512)
+ROW_TOKEN = ("rows", 1, 512)
+BEAM_ROWS = [
+    dict(batch=batch, rows=BEAMS * batch, length=length) for batch, length in ((4, 64), (1, 8), (8, 24), (3, 40))
+]
+BEAM_CACHES = {name: ("batch", BEAMS * 8, "length", 64) for name in CACHES}
+BEAM_PRESENT = {name: ("batch", BEAMS * 8, "length", 64) for name in PRESENT}
+BEAM_TABLE = ("batch", BEAMS, "length")
+BEAM_STATE = {
+    "sequences": BEAM_TABLE,
+    "scores": ("batch", BEAMS),
+    "ancestors": BEAM_TABLE,
+    "hypotheses": BEAM_TABLE,
+    "lengths": ("batch", BEAMS),
+    "hypothesis_scores": ("batch", BEAMS),
+    "position": (1,),
+    "finished": ("batch",),
+}
 TOKENS = ("batch", "length", 384)
 IMAGE_48 = ("batch", 48, "height", "width")
 IMAGE_96 = ("batch", 96, "height", "width")
@@ -275,11 +303,29 @@ CASES = [
         dict(scale=0.125),
     ),
     Case(
-        "cross_attention",
-        {"query": TOKEN, "key": ("batch", 8, "length", 64), "value": ("batch", 8, "length", 64)},
+        "beam_self_attention",
+        {
+            **dict.fromkeys(("query", "key", "value"), ROW_TOKEN),
+            **BEAM_CACHES,
+            "ancestors": BEAM_TABLE,
+            "position": (1,),
+        },
         {},
-        {"y": TOKEN},
-        ROWS,
+        {"y": ROW_TOKEN, **BEAM_PRESENT},
+        BEAM_ROWS,
+        dict(scale=0.125),
+    ),
+    Case(
+        "cross_attention",
+        {"query": ROW_TOKEN, "key": ("batch", 8, "length", 64), "value": ("batch", 8, "length", 64)},
+        {},
+        {"y": ROW_TOKEN},
+        [
+            *BEAM_ROWS,
+            dict(batch=1, rows=1, length=24),
+            dict(batch=16, rows=16, length=64),
+            dict(batch=2, rows=6, length=8),
+        ],
         dict(scale=0.125),
     ),
     Case(
@@ -317,6 +363,20 @@ CASES = [
         {"next_sequences": ("batch", "length"), "next_position": (1,), "next_finished": ("batch",)},
         ROWS,
         dict(pad=1),
+    ),
+    Case(
+        "beam_choice",
+        {"logits": ("batch", BEAMS, 5000), **BEAM_STATE},
+        {
+            "allowed_from": np.arange(5000, dtype=np.int32) % 50,
+            "forced": np.array([7, -1, -1, 9, -1], np.int32),
+            "ends": np.array([2, 7], np.int32),
+            "penalties": np.arange(1, 65, dtype=np.float32),
+            "hopes": np.arange(1, 65, dtype=np.float32) ** 2,
+        },
+        {f"next_{name}": shape for name, shape in BEAM_STATE.items()},
+        [dict(batch=sizes["batch"], length=sizes["length"]) for sizes in BEAM_ROWS],
+        dict(max_length=100, stop_when_full=1),
     ),
 ]
 
@@ -370,7 +430,8 @@ def test_engine_computes_what_the_function_says(ran, case):
     dtype = np.float16 if precision == "fp16" else np.float32
     outputs = np.load(folder.path / f"{case.plugin}.{precision}.outputs.npz")
     for number, inputs in enumerate(folder.check_inputs(case.part)):
-        typed = {name: values.astype(dtype) if name not in INTEGERS else values for name, values in inputs.items()}
+        internal = {tensor.name for tensor in case.part.inputs if tensor.internal}
+        typed = {name: values.astype(dtype) if name in internal else values for name, values in inputs.items()}
         for name, expected in zip(case.outputs, session.run(list(case.outputs), typed)):
             first, second = (outputs[f"{turn}/{number}/{name}"] for turn in range(2))
             assert first.shape == expected.shape

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 import compare
+import infer_trt
 import plugins
 import surgeon
 from build_engine import TensorRT, capped
@@ -182,12 +183,18 @@ def test_errors_keep_nan():
     assert np.isnan(error_statistics(np.ones(3), np.array([1, np.nan, 1]))["abs max"])
 
 
-def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(built):
+GREEDY_STATE = ("sequences", "position", "finished")
+BEAM_STATE = (*GREEDY_STATE, "scores", "ancestors", "hypotheses", "lengths", "hypothesis_scores")
+
+
+@pytest.mark.parametrize(("folder", "state"), [("built", GREEDY_STATE), ("built_beams", BEAM_STATE)])
+def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(request, folder, state):
+    built = request.getfixturevalue(folder)
     patched = json.loads((built / "trocr" / "manifest.json").read_text())["patched"]["fp16"]
     layers = range(2)
     assert patched["step"]["in_place"] == {
         **{f"present_{kind}_{layer}": f"self_{kind}_{layer}" for layer in layers for kind in ("key", "value")},
-        **{f"next_{name}": name for name in ("sequences", "position", "finished")},
+        **{f"next_{name}": name for name in state},
     }
     assert patched["encoder"]["in_place"] == {}
     grafted, owned = patched["step"]["plugins"], Counter(patched["step"]["owners"].values())
@@ -195,6 +202,33 @@ def test_surgery_says_what_runs_in_place_and_whose_work_nodes_do(built):
     assert set(owned) - set(grafted) <= {
         name for name in plugins.names() if "fp16" not in plugins.find(name).default_in
     }
+
+
+def test_beams_that_were_asked_for(built_beams):
+    """The folder says so to those who load the weights again; the step takes fewer images, timed with beams."""
+    folder = BuildFolder(built_beams, "trocr")
+    manifest = folder.manifest()
+    assert manifest["load_options"] == {"num_beams": 3}
+    assert manifest["settings"]["generation"]["num_beams"] == 3
+    step = next(part for part in folder.parts() if part.name == "step")
+    assert step.limits()["batch"] == (1, 10)
+    assert step.chosen == ["scores", "hypothesis_scores", "next_scores", "next_hypothesis_scores"]
+    names = ["batch 1, beam 3, 20 tokens", "batch 8, beam 3, 20 tokens"]
+    assert list(folder.spec.workloads(manifest["settings"])) == names
+    assert list(folder.spec.load("demo", num_beams=3).workloads()) == names
+    timed = [name for name, _ in random_inputs(step, step.limits())]
+    assert timed[:2] == [f"step, batch {batch}, length 24, position 23" for batch in (1, 8)]
+
+
+def test_a_timed_call_takes_all_its_steps(built_beams, monkeypatch):
+    """Whatever ends before, so that executors do the same work."""
+    folder = BuildFolder(built_beams, "trocr")
+    executor, settings = infer_trt.OnnxRuntimeExecutor(folder, "fp32"), folder.manifest()["settings"]
+    calls: Counter[str] = Counter()
+    run = executor.run
+    monkeypatch.setattr(executor, "run", lambda part, inputs: calls.update([part]) or run(part, inputs))
+    folder.spec.workloads(settings)["batch 1, beam 3, 20 tokens"](executor)
+    assert calls == {"encoder": 1, "prefill": 1, "step": 20}
 
 
 def test_surgery_finds_what_runs_in_place_only_where_nothing_reads_it_later():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "padding token 0": dict(pad_token_id=0, max_length=16),
 }
 BEAM_SETTINGS: dict[str, dict[str, Any]] = {
-    **{f"{beams} beams": dict(num_beams=beams, max_length=24) for beams in (2, 4)},
+    **{f"{beams} beams": dict(num_beams=beams, max_length=24) for beams in (2, 3, 4, 7)},
+    "32 beams": dict(num_beams=32, max_length=8),
     **{
         f"stopping {stopping}, penalty {penalty}": dict(
             num_beams=4, max_length=40, early_stopping=stopping, length_penalty=penalty
@@ -85,6 +86,7 @@ BEAM_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 GREEDY = Generation(start=2, eos=(2,), pad=1, max_length=24)
+BEAMS = replace(GREEDY, num_beams=3)
 
 
 class TorchExecutor:
@@ -189,9 +191,9 @@ def generation_config(**settings: Any) -> GenerationConfig:
 
 
 def both_ways(
-    model: VisionEncoderDecoderModel, settings: dict[str, Any], rows: int, seed: int = 0
+    model: VisionEncoderDecoderModel, settings: dict[str, Any], rows: int, seed: int = 0, spare: int = 0
 ) -> tuple[list[list[int]], list[list[int]], list[float], list[float | None]]:
-    """Ids from `generate` and from ours, and the scores of both."""
+    """Ids from `generate` and from ours, with `spare` positions of the cache, and the scores of both."""
     config = generation_config(**settings, return_dict_in_generate=True, output_scores=True)
     model.generation_config = config  # generate fills what is unset from here
     images = pixels(rows, seed)
@@ -206,7 +208,7 @@ def both_ways(
     generation = network.generation_of(config, model.config, "test")
     executor = TorchExecutor(network.parts_of(model, generation))
     hidden = executor.run("encoder", {"pixel_values": images.numpy()})["encoder_hidden"]
-    decoded = decode(executor, hidden, rows, generation, layers=2, capacity=generation.max_length)
+    decoded = decode(executor, hidden, rows, generation, layers=2, capacity=generation.max_length + spare)
     scores = [] if generation.num_beams == 1 else output.sequences_scores.tolist()
     return expected, [one.ids for one in decoded], scores, [one.score for one in decoded]
 
@@ -218,6 +220,44 @@ def test_decoding_equals_generate(models: dict, variant: str, settings: str) -> 
     assert ours == expected
     if scores:
         np.testing.assert_allclose(our_scores, scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spare", [0, 8])
+@pytest.mark.parametrize("settings", [dict(), dict(num_beams=2), dict(num_beams=4, early_stopping=True)])
+@pytest.mark.parametrize("eos", [None, 2, [2, 9]])
+def test_long_decoding_equals_generate(eos: Any, settings: dict[str, Any], spare: int) -> None:
+    """Hundreds of tokens, and as many as there are positions."""
+    model, length = tiny_model("vit", positions=208), 208 - spare
+    how = dict(settings, eos_token_id=eos, max_length=length, min_length=180, length_penalty=2.0)
+    expected, ours, scores, our_scores = both_ways(model, how, rows=3, spare=spare)
+    assert ours == expected
+    assert all(len(row) >= 180 for row in ours)
+    if scores:
+        np.testing.assert_allclose(our_scores, scores, rtol=1e-5, atol=1e-5)
+
+
+def test_images_end_by_themselves(models: dict) -> None:
+    """What one image's beams do, and how long they take, is nothing to another's."""
+    settings = dict(num_beams=3, max_length=40, early_stopping=True)
+    together, ours, *_ = both_ways(models["vit"], settings, rows=8)
+    assert ours == together
+    assert len({len(row) for row in ours}) >= 3
+
+
+def test_the_step_decodes_beams_unless_it_would_have_to_look_back() -> None:
+    assert (GREEDY.step_beams, BEAMS.step_beams) == (1, 3)
+    assert replace(BEAMS, no_repeat_ngram_size=2).step_beams == 1
+    many = replace(GREEDY, num_beams=32, eos=(2, 3, 4))
+    assert (many.candidates, many.step_beams) == (128, 32)
+    assert replace(many, eos=(2, 3, 4, 5)).step_beams == 1
+    assert (replace(BEAMS, eos=()).candidates, replace(BEAMS, eos=(2, 3)).candidates) == (6, 9)
+
+
+def test_too_many_ways_to_end_are_looked_at_on_the_host(models: dict) -> None:
+    settings = dict(num_beams=20, eos_token_id=[2, 9, 17, 29, 30, 31], max_length=8)
+    expected, ours, scores, our_scores = both_ways(models["vit"], settings, rows=2)
+    assert ours == expected
+    np.testing.assert_allclose(our_scores, scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [name for name, how in SETTINGS.items() if "no_repeat_ngram_size" not in how])
@@ -351,9 +391,10 @@ def logits_of(executor: TorchExecutor, images: torch.Tensor, tokens: torch.Tenso
     return np.stack([steps.logits(column, place) for place, column in enumerate(tokens.numpy().T)], axis=1)
 
 
+@pytest.mark.parametrize("generation", [GREEDY, BEAMS], ids=["greedy", "beams"])
 @pytest.mark.parametrize("variant", ["deit, relu, scaled", "projected", "sinusoidal, normalised"])
-def test_parts_export_with_dynamic_axes(models: dict, variant: str, tmp_path: Path) -> None:
-    for exportable in network.parts_of(models[variant], GREEDY):
+def test_parts_export_with_dynamic_axes(models: dict, variant: str, generation: Generation, tmp_path: Path) -> None:
+    for exportable in network.parts_of(models[variant], generation):
         part = exportable.part
         example = exportable.example(exportable.trace_at, np.random.default_rng(0))
         dims = {dim.name: torch.export.Dim(dim.name) for dim in part.dims}
@@ -413,8 +454,10 @@ def plugins_in(model: Any) -> Counter:
         if node.op_type == "MatMul" and len(shape := shape_of(model, node.input[0])) == 3:
             found["linear"] += shape[1] != 1 and node.input[1] in constant
         found["greedy_choice"] += node.op_type == "ArgMax"
+        found["beam_choice"] += node.op_type == "LogSoftmax"
         if node.op_type == "Softmax":
-            kind = "cached_self_attention" if source is not None and source.op_type == "Where" else "cross_attention"
+            own = "beam_self_attention" if "LogSoftmax" in types else "cached_self_attention"
+            kind = own if source is not None and source.op_type == "Where" else "cross_attention"
             found[kind if "Range" in types else "encoder_attention"] += 1
     return found
 
@@ -425,9 +468,10 @@ def shape_of(model: Any, name: str) -> list[Any]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
+@pytest.mark.parametrize("generation", [GREEDY, BEAMS], ids=["greedy", "beams"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_examples_fit_the_parts(models: dict, variant: str) -> None:
-    for exportable in network.parts_of(models[variant], GREEDY):
+def test_examples_fit_the_parts(models: dict, variant: str, generation: Generation) -> None:
+    for exportable in network.parts_of(models[variant], generation):
         part = exportable.part
         assert not {0, 1} & set(exportable.trace_at.values())
         for sizes in (exportable.trace_at, *exportable.check_at):

@@ -6,7 +6,7 @@ once for each token with a K/V cache of fixed capacity.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 from models.spec import Bar, ModelSpec
 from models.trocr import images, metric, pipeline, samples
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from models.spec import LoadedModel
 
 
-def load(weights: str) -> LoadedModel:
+def load(weights: str, num_beams: Optional[int] = None) -> LoadedModel:
     from models.trocr import network  # brings PyTorch and transformers
 
-    return network.load(weights)
+    return network.load(weights, num_beams)
 
 
 SPEC = ModelSpec(
     name="trocr",
     title="TrOCR",
     load=load,
+    load_options=("num_beams",),
     read=images.read,
     prepare=pipeline.prepare,
     run=pipeline.run,

@@ -1,10 +1,11 @@
 """Greedy and beam search over an executor, token for token what transformers' `generate` returns.
 
-Greedy search is done by the step part itself, which chooses each token and keeps sequences, position and ends where it
-runs: nothing passes through the host between tokens.  What looks at more than the logits of the last token (beams,
-n-grams that must not repeat) is done here, in numpy.
+The step part itself chooses the tokens, of one sequence or of several beams for each image, and keeps sequences,
+scores, position and ends where it runs: nothing passes through the host between tokens.  What looks at more of a
+sequence than its last token (n-grams that must not repeat) is done here, in numpy.
 
-Rows are sequences being decoded: one for each image, or with beam search `num_beams` for each image, image by image.
+Rows are sequences being decoded: one for each image, or with a beam search on the host `num_beams` for each image,
+image by image.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from models.spec import Executor
 
 # What transformers adds to a score to put it out of the running.  Not -inf: scores stay comparable in float32.
 OUT = np.float32(-1e9)
+MOST_CANDIDATES = 128  # that a step can choose from, see plugins/beam_choice/kernel.cuh
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,18 @@ class Generation:
         fields: Dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         return Generation(**fields)
 
+    @property
+    def candidates(self) -> int:
+        """How many continuations of an image's beams are looked at.  Each beam can end in as many ways as there are end
+        tokens: with so many candidates, `num_beams` go on in any case."""
+        return max(2, 1 + len(self.eos)) * self.num_beams
+
+    @property
+    def step_beams(self) -> int:
+        """The beams of each image that a step made for these settings decodes: 1 where it knows of none."""
+        in_step = self.no_repeat_ngram_size == 0 and self.candidates <= MOST_CANDIDATES
+        return self.num_beams if in_step else 1
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -58,23 +72,25 @@ class Decoded:
 class StepLoop:
     """Runs the decoder part token by token and keeps its K/V cache, which starts out empty.
 
-    cross     outputs of the prefill part by name, with one row for each row that is decoded
+    cross     outputs of the prefill part by name, with one row for each row that is decoded, or for the beams of one
+    batch     rows, or images where the step decodes their beams
     capacity  how many positions the cache holds, and a sequence may have
     """
 
-    def __init__(self, executor: Executor, cross: Mapping[str, Any], rows: int, capacity: int, layers: int) -> None:
+    def __init__(self, executor: Executor, cross: Mapping[str, Any], batch: int, capacity: int, layers: int) -> None:
         self._executor = executor
         self._cross = cross
-        self._shape = (rows, capacity)
+        self._shape = (batch, capacity)
         self._cache_names = [f"self_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
-        dims = {"batch": rows, "length": capacity}
+        dims = {"batch": batch, "length": capacity}
         self._cache: Dict[str, Any] = {name: executor.zeros("step", name, dims) for name in self._cache_names}
 
     def logits(self, tokens: np.ndarray, position: int) -> np.ndarray:
         """Feeds tokens (rows,) at `position` and returns the logits (rows, vocabulary) of the token after them."""
         sequences = np.zeros(self._shape, np.int32)  # of which a step reads one column
         sequences[:, position] = tokens
-        outputs = self._executor.run("step", self._inputs(sequences, position))
+        inputs = {**self._greedy_state(sequences, position), **self._cache, **self._cross}
+        outputs = self._executor.run("step", inputs)
         self._cache = {name: outputs[present(name)] for name in self._cache_names}
         return outputs["logits"]
 
@@ -82,25 +98,44 @@ class StepLoop:
         """Sequences (rows, capacity) of the tokens that the step itself chooses, behind them padding."""
         sequences = np.full(self._shape, generation.pad, np.int32)
         sequences[:, 0] = generation.start
-        carried = {f"next_{name}": name for name in ("sequences", "position", "finished")}
+        return self._loop(generation, self._greedy_state(sequences, 0))["next_sequences"]
+
+    def beams(self, generation: Generation) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The hypotheses (images, beams, capacity) that the step itself finds, best first, their lengths and scores
+        (images, beams).  A length of 0 says that there is none."""
+        images, capacity = self._shape
+        sequences = np.full((images, generation.num_beams, capacity), generation.pad, np.int32)
+        sequences[:, :, 0] = generation.start
+        scores = np.full(sequences.shape[:2], OUT)
+        scores[:, 0] = 0  # all beams start alike: only the first may branch
+        state = {
+            "sequences": sequences,
+            "scores": scores,
+            "ancestors": np.zeros_like(sequences),
+            "hypotheses": sequences,
+            "lengths": np.zeros(scores.shape, np.int32),
+            "hypothesis_scores": np.full_like(scores, OUT),
+            "position": np.zeros(1, np.int32),
+            "finished": np.zeros(images, np.int32),
+        }
+        found = self._loop(generation, state)
+        return found["next_hypotheses"], found["next_lengths"], found["next_hypothesis_scores"]
+
+    def _greedy_state(self, sequences: np.ndarray, position: int) -> Dict[str, np.ndarray]:
+        finished = np.zeros(len(sequences), np.int32)
+        return {"sequences": sequences, "position": np.array([position], np.int32), "finished": finished}
+
+    def _loop(self, generation: Generation, state: Mapping[str, np.ndarray]) -> Dict[str, Any]:
+        """Steps from a first state until all have finished, or are as long as may be."""
+        carried = {f"next_{name}": name for name in state}
         carried.update({present(name): name for name in self._cache_names})
-        outputs = self._executor.loop(
+        return self._executor.loop(
             "step",
-            self._inputs(sequences, 0),
+            {**state, **self._cache, **self._cross},
             carried,
             times=generation.max_length - 1,
             until="next_finished" if generation.eos else None,
         )
-        return outputs["next_sequences"]
-
-    def _inputs(self, sequences: np.ndarray, position: int) -> Dict[str, Any]:
-        return {
-            "sequences": sequences,
-            "position": np.array([position], np.int32),
-            "finished": np.zeros(len(sequences), np.int32),
-            **self._cache,
-            **self._cross,
-        }
 
     def reorder(self, parents: np.ndarray) -> None:
         """Row i continues what row `parents[i]` has decoded.  Both belong to one image: `cross` stays as it is."""
@@ -149,7 +184,8 @@ def tables(generation: Generation, vocabulary: int, positions: int) -> Tuple[np.
     """What `restrict` does without regard to n-grams, for a step that knows its position p and has p + 1 tokens:
 
     allowed_from (vocabulary,)  tokens may be chosen where p is no smaller
-    forced (positions,)         the token that is chosen at p whatever the logits are, or -1
+    forced (positions,)         the token that is chosen at p whatever the logits are, or -1; for beams one that is no
+                                token, where none may be chosen
     """
     never = np.iinfo(np.int32).max
     allowed_from = np.zeros(vocabulary, np.int32)
@@ -166,7 +202,8 @@ def tables(generation: Generation, vocabulary: int, positions: int) -> Tuple[np.
         left = [token for token in tokens if suppressed[token] != never]
         if position == begin:
             left = [token for token in left if token not in generation.begin_suppress]
-        forced[position] = min(left, default=0)  # as argmax does, of equal scores and of none but -inf
+        # the first of equal ones; of none but -inf argmax takes the first, too, and beams end
+        forced[position] = min(left, default=0 if generation.num_beams == 1 else vocabulary)
 
     if generation.forced_bos is not None:
         force_at(0, (generation.forced_bos,))
@@ -223,10 +260,19 @@ def beam_search(steps: StepLoop, images: int, generation: Generation) -> List[De
 
     Finished hypotheses are ranked by log probability / generated length ** length_penalty.
     """
+    if generation.step_beams == 1:
+        return beam_search_on_host(steps, images, generation)
+    hypotheses, lengths, scores = steps.beams(generation)
+    return [
+        Decoded(ids[1:length].tolist(), float(score))
+        for ids, length, score in zip(hypotheses[:, 0], lengths[:, 0], scores[:, 0])
+    ]
+
+
+def beam_search_on_host(steps: StepLoop, images: int, generation: Generation) -> List[Decoded]:
+    """The same with restrictions that look at all of a sequence."""
     g = generation
-    beams, max_length = g.num_beams, g.max_length
-    # Each beam can end in as many ways as there are end tokens: with so many candidates, `beams` go on in any case.
-    kept = max(2, 1 + len(g.eos)) * beams
+    beams, max_length, kept = g.num_beams, g.max_length, g.candidates
     image = np.arange(images)[:, None]
 
     running = np.full((images, beams, max_length), g.pad, np.int64)
@@ -289,12 +335,12 @@ def decode(
 ) -> List[Decoded]:
     """Decodes the encoder's output, an internal value of `images` rows, with a cache of `capacity` positions.
 
-    generation  what the step was exported for; a greedy search may have another max_length, and no eos: then ended rows
-                are padded up to it
+    generation  what the step was exported for; a search may have another max_length, and no eos: then it takes so many
+                steps, ended rows are padded, and beams that have not ended by then are lost
     """
     cross = executor.run("prefill", {"encoder_hidden": encoder_hidden})
-    beams = generation.num_beams
-    if beams > 1:
-        cross = {name: executor.rows(value, np.repeat(np.arange(images), beams)) for name, value in cross.items()}
-    steps = StepLoop(executor, cross, images * beams, capacity, layers)
-    return (beam_search if beams > 1 else greedy_search)(steps, images, generation)
+    copies = generation.num_beams // generation.step_beams  # of each image's row
+    if copies > 1:
+        cross = {name: executor.rows(value, np.repeat(np.arange(images), copies)) for name, value in cross.items()}
+    steps = StepLoop(executor, cross, images * copies, capacity, layers)
+    return (beam_search if generation.num_beams > 1 else greedy_search)(steps, images, generation)

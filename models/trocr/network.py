@@ -33,7 +33,7 @@ from transformers import (
 
 from models.spec import Dim, ExportablePart, LoadedModel, Part, TensorSpec, Unusable
 from models.trocr import tokenizer as tokenizers
-from models.trocr.decoding import Decoded, Generation, tables, trimmed
+from models.trocr.decoding import OUT, Decoded, Generation, tables, trimmed
 from models.trocr.images import preprocess
 from models.trocr.pipeline import (
     CACHE_STEP,
@@ -57,14 +57,16 @@ DEMO = Path(__file__).parent / "demo"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, future: Tensor | None = None) -> Tensor:
-    """One token's attention: query (B, heads, 1, head_dim), key and value (B, heads, length, head_dim) → (B, 1, dim).
+    """query (B, heads, queries, head_dim), key and value (B, heads, length, head_dim) → (B·queries, 1, dim).
 
     `future` (length,) marks positions that are not decoded yet.
     """
-    scores = query @ key.transpose(2, 3)  # (B, heads, 1, length)
+    scores = query @ key.transpose(2, 3)  # (B, heads, queries, length)
     if future is not None:
         scores = torch.where(future, torch.finfo(scores.dtype).min, scores)
     context = scores.softmax(dim=-1) @ value
+    if query.shape[2] > 1:
+        context = context.transpose(1, 2)
     return context.reshape(-1, 1, value.shape[1] * value.shape[3])
 
 
@@ -99,12 +101,8 @@ class Prefill(nn.Module):
         )
 
 
-class GreedyChoice(nn.Module):
-    """The most probable token behind `position` that the settings allow; the first of those that are equally so.
-
-    forward(logits (B, vocabulary), sequences (B, length), position (1,), finished (B,)) → sequences with the token at
-    position + 1, position + 1, and finished, which is 1 from a row's end token on.  Finished rows get padding.
-    """
+class Choice(nn.Module):
+    """What the settings allow and force, and the tokens that end a sequence."""
 
     def __init__(self, generation: Generation, vocab_size: int, positions: int) -> None:
         super().__init__()
@@ -112,14 +110,29 @@ class GreedyChoice(nn.Module):
         self.register_buffer("allowed_from", allowed_from if allowed_from.any() else None)
         self.register_buffer("forced", forced if (forced >= 0).any() else None)
         self.register_buffer("ends", torch.tensor(generation.eos or (-1,), dtype=torch.int32))
+
+    def allowed(self, scores: Tensor, position: Tensor) -> Tensor:
+        """Scores (…, vocabulary) with -inf for tokens that may not be chosen behind `position`."""
+        if self.allowed_from is None:
+            return scores
+        return torch.where(position < self.allowed_from, -torch.inf, scores)
+
+
+class GreedyChoice(Choice):
+    """The most probable token behind `position` that the settings allow; the first of those that are equally so.
+
+    forward(logits (B, vocabulary), sequences (B, length), position (1,), finished (B,)) → sequences with the token at
+    position + 1, position + 1, and finished, which is 1 from a row's end token on.  Finished rows get padding.
+    """
+
+    def __init__(self, generation: Generation, vocab_size: int, positions: int) -> None:
+        super().__init__(generation, vocab_size, positions)
         self.pad = generation.pad
 
     def forward(
         self, logits: Tensor, sequences: Tensor, position: Tensor, finished: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.allowed_from is not None:
-            logits = torch.where(position < self.allowed_from, -torch.inf, logits)
-        token = logits.argmax(dim=-1).to(torch.int32)
+        token = self.allowed(logits, position).argmax(dim=-1).to(torch.int32)
         if self.forced is not None:
             forced = self.forced.index_select(0, position)
             token = torch.where(forced >= 0, forced, token)
@@ -130,16 +143,102 @@ class GreedyChoice(nn.Module):
         return torch.where(slots == after, token, sequences), after, torch.maximum(finished, ended)
 
 
+class BeamChoice(Choice):
+    """One step of beam search, as transformers does it, over the beams of each image.
+
+    forward(logits (B, beams, vocabulary), then the state:
+        sequences (B, beams, length) and scores (B, beams), their log probabilities, of the beams that go on;
+        ancestors (B, beams, length): the beam of the same image in whose cache the key and value of a position are;
+        hypotheses (B, beams, length) that have ended, best first, their lengths, 0 where there is none, and their
+        scores: log probability / generated length ** length_penalty;
+        position (1,); finished (B,), 1 from where an image's hypotheses stay as they are
+    ) → the state behind the choice of the next tokens.
+    """
+
+    def __init__(self, generation: Generation, vocab_size: int, positions: int) -> None:
+        super().__init__(generation, vocab_size, positions)
+        penalty, max_length = generation.length_penalty, generation.max_length
+        self.candidates, self.max_length = generation.candidates, max_length
+        self.stop_when_full = generation.early_stopping is True
+        # What is generated behind position p counts p + 1 tokens; beams hope for the best length that they may reach.
+        lengths = range(1, positions + 1)
+        reachable = [max_length - 1 if generation.early_stopping == "never" and penalty > 0 else n for n in lengths]
+        # no buffers, which would become FP16 with the module
+        self.penalties = torch.tensor([float(n) ** penalty for n in lengths])
+        self.hopes = torch.tensor([float(n) ** penalty for n in reachable])
+        self.register_buffer("tokens", torch.arange(vocab_size, dtype=torch.int32))
+        self.register_buffer("starts", torch.arange(1, generation.num_beams) * vocab_size)
+
+    def forward(
+        self,
+        logits: Tensor,
+        sequences: Tensor,
+        scores: Tensor,
+        ancestors: Tensor,
+        hypotheses: Tensor,
+        lengths: Tensor,
+        hypothesis_scores: Tensor,
+        position: Tensor,
+        finished: Tensor,
+    ) -> tuple[Tensor, ...]:
+        beams, vocab_size = logits.shape[1:]
+        after = position + 1
+        slots = torch.arange(sequences.shape[2], dtype=torch.int32, device=sequences.device)
+
+        gains = self.allowed(logits.float().log_softmax(dim=-1), position)
+        if self.forced is not None:
+            forced = self.forced.index_select(0, position)
+            gains = torch.where(forced < 0, gains, torch.where(self.tokens == forced, 0.0, -torch.inf))
+        totals, places = (gains + scores.unsqueeze(2)).flatten(1).topk(self.candidates)  # (B, candidates)
+        parents = (places.unsqueeze(2) >= self.starts).sum(dim=2)  # places // vocab_size, in fewer nodes
+        tokens = (places - parents * vocab_size).to(torch.int32)
+        ended = (tokens.unsqueeze(2) == self.ends).any(dim=2) | (after + 1 >= self.max_length)
+        extended = torch.where(slots == after, tokens.unsqueeze(2), rows_of(sequences, parents))
+
+        going_on, chosen = torch.where(ended, totals + OUT, totals).topk(beams)
+        origins = parents.gather(1, chosen)
+        inherited = rows_of(ancestors, origins)
+        next_ancestors = torch.where(slots == position, origins.to(torch.int32).unsqueeze(2), inherited)
+
+        # A candidate that ends competes with the hypotheses so far, if it is among the best `beams` of this step.
+        ends_well = ended & (torch.arange(self.candidates, device=logits.device) < beams)
+        rated = totals / self.penalties.to(logits.device).index_select(0, position)
+        rated = torch.cat([hypothesis_scores, torch.where(ends_well, rated, rated + OUT)], dim=1)
+        ratings, ranking = rated.topk(beams)
+        new_lengths = torch.cat([lengths, torch.where(ends_well, after + 1, 0)], dim=1).gather(1, ranking)
+        new_hypotheses = rows_of(torch.cat([hypotheses, extended], dim=1), ranking)
+        open_ = finished.unsqueeze(1) == 0
+        next_scores = torch.where(open_, ratings, hypothesis_scores)
+        next_lengths = torch.where(open_, new_lengths, lengths)
+        next_hypotheses = torch.where(open_.unsqueeze(2), new_hypotheses, hypotheses)
+
+        full = next_lengths.amin(dim=1) > 0
+        hoped_for = going_on[:, 0] / self.hopes.to(logits.device).index_select(0, position)
+        over = hoped_for <= torch.where(full, next_scores.amin(dim=1), OUT)
+        if self.stop_when_full:
+            over = over | full
+        return (
+            rows_of(extended, chosen),
+            going_on,
+            next_ancestors,
+            next_hypotheses,
+            next_lengths,
+            next_scores,
+            after,
+            torch.maximum(finished, over.to(torch.int32)),
+        )
+
+
+def rows_of(table: Tensor, rows: Tensor) -> Tensor:
+    """table (B, n, length), rows (B, k) → (B, k, length)."""
+    return table.gather(1, rows.unsqueeze(2).expand(-1, -1, table.shape[2]))
+
+
 class Step(nn.Module):
-    """One token for each row, all at the same position, with the K/V cache as plain tensors.
+    """One token for each row, all at the same position, with the K/V cache as plain tensors, and the choice of the next
+    ones.
 
-    forward(sequences (B, length), position (1,), finished (B,), then for each layer self_key, self_value (B, heads,
-    length, head_dim), then for each layer cross_key, cross_value (B, heads, tokens, head_dim)) → logits (B, vocabulary)
-    behind the token at `position`, then sequences, position and finished after the choice of the next token, then for
-    each layer the cache with this token's key and value at index `position`.
-
-    What comes out, but for the logits, is what goes in at the next step of a greedy search.  Other searches look at the
-    logits, and give sequences of their own choice.
+    What comes out of a step, but for the logits, is what goes in at the next one.
     """
 
     def __init__(self, model: VisionEncoderDecoderModel, generation: Generation) -> None:
@@ -152,7 +251,9 @@ class Step(nn.Module):
         positions = self.decoder.embed_positions
         table = positions.weight[positions.offset :] if self.learned else positions.weights[self.padding + 1 :]
         self.register_buffer("positions", table.detach()[: config.max_position_embeddings].clone())
-        self.choice = GreedyChoice(generation, config.vocab_size, positions_of(model.config))
+        self.beams = generation.step_beams
+        choice = GreedyChoice if self.beams == 1 else BeamChoice
+        self.choice = choice(generation, config.vocab_size, positions_of(model.config))
 
     def embed(self, input_ids: Tensor, position: Tensor) -> Tensor:
         tokens = nn.functional.embedding(input_ids, self.decoder.embed_tokens.weight)
@@ -163,32 +264,99 @@ class Step(nn.Module):
             placed = torch.where((input_ids == self.padding).unsqueeze(-1), tokens, placed)
         return placed if self.decoder.layernorm_embedding is None else self.decoder.layernorm_embedding(placed)
 
-    def forward(self, sequences: Tensor, position: Tensor, finished: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def decode(
+        self, input_ids: Tensor, position: Tensor, tensors: Sequence[Tensor], owners: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input_ids (rows, 1) → logits (rows, vocabulary) and present caches.
+
+        owners  (B, beams, length): the beam in whose cache each beam finds a position
+        """
         count = len(self.decoder.layers)
         self_cache, cross = tensors[: 2 * count], tensors[2 * count :]
         slots = torch.arange(self_cache[0].shape[2], dtype=torch.int32, device=position.device)
         here = (slots == position).unsqueeze(-1)  # (length, 1)
         future = slots > position  # (length,)
 
-        x = self.embed(sequences.index_select(1, position), position)  # (B, 1, dim)
+        x = self.embed(input_ids, position)  # (rows, 1, dim)
         present: list[Tensor] = []
         for index, layer in enumerate(self.decoder.layers):
             attention = layer.self_attn
-            shape = (-1, attention.num_heads, 1, attention.head_dim)
+            heads, head_dim = attention.num_heads, attention.head_dim
+            shape = (-1, self.beams * heads, 1, head_dim)
             key = torch.where(here, attention.k_proj(x).reshape(shape), self_cache[2 * index])
             value = torch.where(here, attention.v_proj(x).reshape(shape), self_cache[2 * index + 1])
             present += [key, value]
-            query = (attention.q_proj(x) * attention.scaling).reshape(shape)
+            if owners is not None:
+                key, value = owned(key, owners, heads), owned(value, owners, heads)
+            query = (attention.q_proj(x) * attention.scaling).reshape(-1, heads, 1, head_dim)
             x = layer.self_attn_layer_norm(x + attention.out_proj(attend(query, key, value, future)))
 
             attention = layer.encoder_attn
-            query = (attention.q_proj(x) * attention.scaling).reshape(shape)
+            query = attention.q_proj(x) * attention.scaling
+            if self.beams == 1:
+                query = query.reshape(-1, heads, 1, head_dim)
+            else:  # an image's keys and values serve all of its beams
+                query = query.reshape(-1, self.beams, heads, head_dim).transpose(1, 2)
             context = attend(query, cross[2 * index], cross[2 * index + 1])
             x = layer.encoder_attn_layer_norm(x + attention.out_proj(context))
 
             x = layer.final_layer_norm(x + layer.fc2(layer.activation_fn(layer.fc1(x))))
-        logits = self.output_projection(x).squeeze(1)
+        return self.output_projection(x).squeeze(1), present
+
+
+class GreedyStep(Step):
+    """One token for each row.
+
+    forward(sequences (B, length), position (1,), finished (B,), then for each layer self_key, self_value (B, heads,
+    length, head_dim), then for each layer cross_key, cross_value (B, heads, tokens, head_dim)) → logits (B, vocabulary)
+    behind the token at `position`, then sequences, position and finished after the choice of the next token, then for
+    each layer the cache with this token's key and value at index `position`.
+
+    Searches on the host look at the logits, and give sequences of their own choice.
+    """
+
+    def forward(self, sequences: Tensor, position: Tensor, finished: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        logits, present = self.decode(sequences.index_select(1, position), position, tensors)
         return (logits, *self.choice(logits, sequences, position, finished), *present)
+
+
+class BeamStep(Step):
+    """One token for each of the beams of each image.
+
+    forward(the state of `BeamChoice`, then for each layer self_key, self_value (B, beams·heads, length, head_dim), then
+    for each layer cross_key, cross_value (B, heads, tokens, head_dim)) → logits (B, beams, vocabulary), the state, and
+    for each layer the cache with this token's key and value at index `position`.
+
+    Beams change places, their caches do not: `ancestors` tells where a beam's past is.
+    """
+
+    def forward(
+        self,
+        sequences: Tensor,
+        scores: Tensor,
+        ancestors: Tensor,
+        hypotheses: Tensor,
+        lengths: Tensor,
+        hypothesis_scores: Tensor,
+        position: Tensor,
+        finished: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        slots = torch.arange(sequences.shape[2], dtype=torch.int32, device=sequences.device)
+        beams = torch.arange(self.beams, dtype=torch.int32, device=sequences.device).unsqueeze(1)
+        owners = torch.where(slots == position, beams, ancestors)
+        input_ids = sequences.index_select(2, position).reshape(-1, 1)
+        logits, present = self.decode(input_ids, position, tensors, owners)
+        logits = logits.unflatten(0, (-1, self.beams))
+        state = (sequences, scores, ancestors, hypotheses, lengths, hypothesis_scores, position, finished)
+        return (logits, *self.choice(logits, *state), *present)
+
+
+def owned(cache: Tensor, owners: Tensor, heads: int) -> Tensor:
+    """cache (B, beams·heads, length, head_dim), owners (B, beams, length) → (B·beams, heads, length, head_dim)."""
+    of_beams = cache.unflatten(1, (-1, heads))
+    indices = owners.to(torch.int64)[:, :, None, :, None].expand(-1, -1, heads, -1, cache.shape[3])
+    return of_beams.gather(1, indices).flatten(0, 1)
 
 
 def decoder_of(model: VisionEncoderDecoderModel) -> nn.Module:
@@ -205,10 +373,13 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
     tokens = model.encoder.embeddings.position_embeddings.shape[1]
     hidden = decoder_of(model).layers[0].encoder_attn.kdim
 
-    batch = Dim("batch", 1, TUNED_ROWS, MAX_ROWS)
+    beams = generation.step_beams
+    largest = MAX_ROWS // beams
+    batch = Dim("batch", 1, tuple(dict.fromkeys(max(1, rows // beams) for rows in TUNED_ROWS)), largest)
     length = Dim("length", min(CACHE_STEP, max_positions), (min(64, max_positions),), max_positions)
+    timed = [rows for rows in TIMED_BATCHES if rows <= largest]
 
-    def keys_and_values(name: str, length: int | str) -> tuple[TensorSpec, ...]:
+    def keys_and_values(name: str, heads: int, length: int | str) -> tuple[TensorSpec, ...]:
         return tuple(
             TensorSpec(f"{name}_{kind}_{layer}", "float32", ("batch", heads, length, head_dim), internal=True)
             for layer in range(layers)
@@ -217,12 +388,20 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
 
     image = TensorSpec("pixel_values", "float32", ("batch", 3, height, width))
     encoded = TensorSpec("encoder_hidden", "float32", ("batch", tokens, hidden), internal=True)
-    sequences = TensorSpec("sequences", "int32", ("batch", "length"))
+    cross = keys_and_values("cross", heads, tokens)
+    each = ("batch",) if beams == 1 else ("batch", beams)  # of what is decoded
+    sequences = TensorSpec("sequences", "int32", (*each, "length"))
+    scores = TensorSpec("scores", "float32", each, chosen=True)
     position = TensorSpec("position", "int32", (1,))
     finished = TensorSpec("finished", "int32", ("batch",))
-    state = (sequences, position, finished)
-    logits = TensorSpec("logits", "float32", ("batch", vocab_size))
-    cross = keys_and_values("cross", tokens)
+    state: tuple[TensorSpec, ...]
+    if beams == 1:
+        state = (sequences, position, finished)
+    else:
+        ancestors, hypotheses = replace(sequences, name="ancestors"), replace(sequences, name="hypotheses")
+        lengths, hypothesis_scores = TensorSpec("lengths", "int32", each), replace(scores, name="hypothesis_scores")
+        state = (sequences, scores, ancestors, hypotheses, lengths, hypothesis_scores, position, finished)
+    logits = TensorSpec("logits", "float32", (*each, vocab_size))
 
     # layers whose input no LayerNorm made: the first, where the embedding has none
     unnormalised = int(decoder_of(model).layernorm_embedding is None)
@@ -237,41 +416,44 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
             "encoder_attention": encoder_layers,
             "linear": 6 * encoder_layers + int(hasattr(model, "enc_to_dec_proj")),
         },
-        tuple({"batch": rows} for rows in TIMED_BATCHES),
+        tuple({"batch": rows} for rows in timed),
     )
     prefill = Part("prefill", (encoded,), cross, (batch,), {"linear": 2 * layers}, encoder.time_at)
+    integers = {tensor.name: 0 for tensor in state if not tensor.is_float}
     step = Part(
         "step",
-        (*state, *keys_and_values("self", "length"), *cross),
+        (*state, *keys_and_values("self", beams * heads, "length"), *cross),
         (
             logits,
             *(replace(tensor, name=f"next_{tensor.name}") for tensor in state),
-            *keys_and_values("present", "length"),
+            *keys_and_values("present", beams * heads, "length"),
         ),
         (batch, length),
         {
             "residual_layer_norm": 3 * layers,
-            "cached_self_attention": layers,
+            "cached_self_attention" if beams == 1 else "beam_self_attention": layers,
             "cross_attention": layers,
             "layer_norm_linear": 2 * layers + 1,
             "layer_norm_qkv": layers - unnormalised,
             "linear_residual": 3 * layers,
-            "greedy_choice": 1,
+            "greedy_choice" if beams == 1 else "beam_choice": 1,
         },
         tuple(
-            {"batch": rows, "length": slots, "position": slots - 1, "sequences": 5, "finished": 0}
-            for rows, slots in (*((rows, min(24, max_positions)) for rows in TIMED_BATCHES), (1, max_positions))
+            {"batch": rows, "length": slots, **integers, "position": slots - 1, "sequences": 5}
+            for rows, slots in (*((rows, min(24, max_positions)) for rows in timed), (1, max_positions))
         ),
     )
 
     def example_of(part: Part) -> Callable[[Mapping[str, int], np.random.Generator], dict[str, np.ndarray]]:
         def example(dims: Mapping[str, int], random: np.random.Generator) -> dict[str, np.ndarray]:
             made = {}
+            # Before the last step: behind it all beams have ended, and which is first no longer matters.
+            longest = max(1, min(dims.get("length", 1), generation.max_length - 2))
+            bounds = {"position": longest, "lengths": longest, "finished": 2, "ancestors": beams}
             for tensor in part.inputs:
                 shape = tensor.sizes(dims)
-                if tensor in state:
-                    bound = {sequences: vocab_size, position: dims["length"], finished: 2}[tensor]
-                    made[tensor.name] = random.integers(0, bound, shape, np.int32)
+                if tensor.name in integers:
+                    made[tensor.name] = random.integers(0, bounds.get(tensor.name, vocab_size), shape, np.int32)
                 elif tensor is image:
                     made[tensor.name] = random.uniform(-1, 1, shape).astype(np.float32)
                 else:
@@ -287,11 +469,12 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
             part, module.eval(), example_of(part), trace_at, [dict(zip(names, sizes)) for sizes in checks]
         )
 
+    stepping = (GreedyStep if beams == 1 else BeamStep)(model, generation)
     short, long = length.minimum, min(40, max_positions)
     return [
         exportable(encoder, Encoder(model), 0, (1, 0), (3, 0)),
         exportable(prefill, Prefill(model), 0, (1, 0), (3, 0)),
-        exportable(step, Step(model, generation), min(16, max_positions), (1, long), (3, short)),
+        exportable(step, stepping, min(16, max_positions), (1, long), (3, short)),
     ]
 
 
@@ -357,9 +540,9 @@ def generation_of(config: GenerationConfig, model_config: PreTrainedConfig, sour
         raise Unusable(
             f"{source}: the generation setting max_length={max_length} is not in 2…{positions_of(model_config)}"
         )
-    num_beams = config.num_beams or 1
-    if num_beams > MAX_ROWS:
-        raise Unusable(f"{source}: the generation setting num_beams={num_beams} is more than {MAX_ROWS}")
+    num_beams = 1 if config.num_beams is None else config.num_beams
+    if not 1 <= num_beams <= MAX_ROWS:
+        raise Unusable(f"{source}: the generation setting num_beams={num_beams} is not in 1…{MAX_ROWS}")
     made = Generation(
         start=start,
         eos=eos,
@@ -388,19 +571,20 @@ def generation_of(config: GenerationConfig, model_config: PreTrainedConfig, sour
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load(weights: str) -> LoadedModel:
-    """The model that `weights` names: demo, random[:small|base|large|chinese], a transformers folder or a hub id.
+def load(weights: str, num_beams: int | None = None) -> LoadedModel:
+    """The model that `weights` names: demo, random[:small|base|large|chinese], a transformers folder or a hub id; with
+    `num_beams`, if given, instead of those of its generation settings.
 
     Raises Unusable, in one line, for anything that is none of these or does not fit.
     """
     if weights == "demo":
-        return demo_model()
+        return demo_model(num_beams)
     kind, _, variant = weights.partition(":")
     if kind == "random":
-        return random_model(variant or "base")
+        return random_model(variant or "base", num_beams)
     folder = Path(weights)
     if folder.is_dir():
-        return folder_model(folder, weights)
+        return folder_model(folder, weights, num_beams)
     if folder.exists():
         raise Unusable(f"{weights} is a file: TrOCR weights are a transformers folder, a hub id, demo or random")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
@@ -410,7 +594,7 @@ def load(weights: str) -> LoadedModel:
         downloaded = snapshot_download(weights, allow_patterns=wanted, ignore_patterns=["*/*", "training_args.bin"])
     except Exception as problem:  # no network, no such repository, no permission: each has its own exception tree
         raise Unusable(f"{weights} is no folder and cannot be downloaded from the hub ({brief(problem)})") from problem
-    return folder_model(Path(downloaded), weights)
+    return folder_model(Path(downloaded), weights, num_beams)
 
 
 def loaded(
@@ -419,10 +603,14 @@ def loaded(
     generation_config: GenerationConfig,
     image_settings: Mapping[str, Any],
     reader: Tokenizer,
+    num_beams: int | None,
     clean_up: bool = False,
 ) -> LoadedModel:
     """What the chain needs of a model whose weights are in place."""
     model.eval().requires_grad_(False)
+    generation_config = copy.deepcopy(generation_config)
+    if num_beams is not None:
+        generation_config.num_beams = num_beams
     generation = generation_of(generation_config, model.config, weights)
     decoder = model.config.decoder
     settings = {
@@ -458,10 +646,11 @@ def loaded(
 
     def workloads() -> dict[str, Callable[[], Any]]:
         how = copy.deepcopy(asked)
-        how.max_length, how.num_beams, how.output_scores = 1 + TIMED_TOKENS, 1, False
+        how.max_length, how.num_beams, how.output_scores = 1 + TIMED_TOKENS, generation.step_beams, False
         how.eos_token_id = how.forced_eos_token_id = None
         model.set_attn_implementation("sdpa")  # generate's default; what is exported is plainer
-        return {name: partial(generate, images, how) for name, images in timed_images(image_settings).items()}
+        timed = timed_images(image_settings, generation.step_beams)
+        return {name: partial(generate, images, how) for name, images in timed.items()}
 
     def save_assets(folder: Path) -> None:
         reader.save(str(folder / tokenizers.FILE_NAME))
@@ -530,7 +719,7 @@ def current_name(name: str) -> str:
     return name
 
 
-def folder_model(folder: Path, source: str) -> LoadedModel:
+def folder_model(folder: Path, source: str, num_beams: int | None) -> LoadedModel:
     """A folder as `save_pretrained` writes it, or trocr-chinese's."""
     if not (folder / "config.json").is_file():
         raise Unusable(f"{source} holds no config.json: it is no transformers folder")
@@ -554,7 +743,7 @@ def folder_model(folder: Path, source: str) -> LoadedModel:
         generation_config = chinese_generation(vocabulary, config)
     image_settings = folder_images(folder, source, config)
     model = filled(built(config, source), checkpoint(folder, source), source)
-    return loaded(model, source, generation_config, image_settings, reader, clean_up)
+    return loaded(model, source, generation_config, image_settings, reader, num_beams, clean_up)
 
 
 def folder_generation(folder: Path, source: str) -> GenerationConfig:
@@ -696,7 +885,7 @@ def random_weights(config: VisionEncoderDecoderConfig) -> VisionEncoderDecoderMo
     return filled(model, state, "random weights")
 
 
-def random_model(variant: str) -> LoadedModel:
+def random_model(variant: str, num_beams: int | None) -> LoadedModel:
     if variant not in ("small", "base", "large", "chinese"):
         raise Unusable(f"unknown weights random:{variant}: choose random:small, :base, :large or :chinese")
     images = trocr_images(384, 384)
@@ -708,12 +897,12 @@ def random_model(variant: str) -> LoadedModel:
         model = random_weights(configs(variant))
         reader = tokenizers.of_numbers(model.config.decoder.vocab_size)
         generation = GenerationConfig(decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
-    return loaded(model, f"random weights (TrOCR {variant}, seed {SEED})", generation, images, reader)
+    return loaded(model, f"random weights (TrOCR {variant}, seed {SEED})", generation, images, reader, num_beams)
 
 
-def demo_model() -> LoadedModel:
+def demo_model(num_beams: int | None) -> LoadedModel:
     """The model in demo/, which this project has trained; its samples come on top of the usual ones."""
-    found = folder_model(DEMO, "demo weights, trained by this project on rendered lines")
+    found = folder_model(DEMO, "demo weights, trained by this project on rendered lines", num_beams)
     return replace(found, settings={**found.settings, "demo": True})
 
 

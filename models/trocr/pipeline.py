@@ -21,7 +21,7 @@ from models.trocr.images import preprocess
 CACHE_STEP = 8  # cache capacities are multiples of this: few distinct shapes, aligned rows
 TIMED_TOKENS = 20
 TIMED_BATCHES = (1, 8, 32)
-MAX_ROWS = 64  # largest batch that engines are built for; a beam search takes num_beams rows for each image
+MAX_ROWS = 64  # of the largest batch that engines are built for; a beam search takes num_beams rows for each image
 TUNED_ROWS = (1, 32)
 
 
@@ -52,7 +52,8 @@ def run(executor: Executor, settings: Mapping[str, Any], folder: Path, pixel_val
     """Recognises the text in each prepared image (B, 3, H, W); `folder` holds the tokenizer."""
     reader = tokenizer.saved(folder)
     generation = Generation.from_json(settings["generation"])
-    at_once = max(1, executor.limits("step")["batch"][1] // generation.num_beams)
+    rows = generation.num_beams // generation.step_beams  # of the step, for each image
+    at_once = max(1, executor.limits("step")["batch"][1] // rows)
     decoded: List[Decoded] = []
     for start in range(0, len(pixel_values), at_once):
         decoded += recognise(executor, settings, generation, pixel_values[start : start + at_once])
@@ -69,24 +70,27 @@ def recognise(
 
 
 def workloads(settings: Mapping[str, Any]) -> Dict[str, Callable[[Executor], List[Decoded]]]:
-    """Greedy decoding of a fixed number of tokens, from pre-processed images to token ids; rows that end are padded."""
-    generation = replace(
-        Generation.from_json(settings["generation"]), max_length=1 + TIMED_TOKENS, num_beams=1, eos=(), forced_eos=()
-    )
+    """Decoding of a fixed number of tokens by the step, from pre-processed images to token ids; rows that end are
+    padded."""
+    generation = Generation.from_json(settings["generation"])
+    beams = generation.step_beams
+    timed = replace(generation, max_length=1 + TIMED_TOKENS, num_beams=beams, eos=(), forced_eos=())
     return {
-        name: partial(recognise, settings=settings, generation=generation, pixel_values=pixel_values)
-        for name, pixel_values in timed_images(settings["images"]).items()
+        name: partial(recognise, settings=settings, generation=timed, pixel_values=pixel_values)
+        for name, pixel_values in timed_images(settings["images"], beams).items()
     }
 
 
-def timed_images(settings: Mapping[str, Any]) -> Dict[str, np.ndarray]:
+def timed_images(settings: Mapping[str, Any], beams: int) -> Dict[str, np.ndarray]:
     """Random pre-processed images by the name of the workload that reads them."""
     random = np.random.default_rng(0)
+    search = "" if beams == 1 else f"beam {beams}, "
     return {
-        f"batch {batch}, {TIMED_TOKENS} tokens": random.uniform(
+        f"batch {batch}, {search}{TIMED_TOKENS} tokens": random.uniform(
             -1, 1, (batch, 3, settings["height"], settings["width"])
         ).astype(np.float32)
         for batch in (*TIMED_BATCHES, MAX_ROWS)
+        if batch * beams <= MAX_ROWS
     }
 
 

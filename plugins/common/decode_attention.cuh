@@ -1,5 +1,6 @@
-// One new token's attention to rows of keys and values, for one head: the core of cross_attention and
-// cached_self_attention.
+// One new token's attention to rows of keys and values, for one head: the core of cross_attention,
+// cached_self_attention and beam_self_attention.  Several queries, of beams that look at the same rows, share the
+// loads.
 //
 // Floor: keys and values are read once, which takes all multiprocessors and many loads on their way at once.  A head's
 // tokens are divided among blocks, more of them the fewer heads there are.  Lanes side by side hold one row between
@@ -73,6 +74,13 @@ struct Team {
     __device__ void store(T* row, const Pack<T, N> (&part)[PACKS]) const {
         for (int p = 0; p < PACKS; ++p) {
             if (column(p) < head_dim) store_pack(row + column(p), part[p]);
+        }
+    }
+
+    // Brings the lane's part of a row into L2.
+    __device__ void prefetch_row(const T* row) const {
+        for (int p = 0; p < PACKS; ++p) {
+            if (column(p) < head_dim) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + column(p)));
         }
     }
 
@@ -154,130 +162,165 @@ struct TokenShare {
     }
 };
 
-// y = softmax(query · scale · keyᵀ) · value by BLOCKS blocks of kDecodeThreads threads, for one head: query and y
-// (head_dim).  key_row(t) and value_row(t) point to the rows of the block's own token t, 0 ≤ t < count.  take(t, key,
-// value) is called once for each by the team that has loaded them.  In a cluster, all threads must have called
-// cluster_begin.
-template <int BLOCKS, typename T, int N, int PACKS, typename KeyRow, typename ValueRow, typename Take>
-__device__ void decode_attention(const Team<T, N, PACKS>& team, const T* query, KeyRow key_row, ValueRow value_row,
-                                 Take take, T* y, int count, float scale) {
+// y = softmax(query · scale · keyᵀ) · value by BLOCKS blocks of kDecodeThreads threads, for one head: QUERIES queries
+// and y of head_dim elements, `stride` apart, of which `queries` exist.  The block's own token t, 0 ≤ t < count, lies
+// in memory as place(t) says, and key_row(t, place) and value_row(t, place) point to its rows.  take(t, key, value) is
+// called once for each by the team that has loaded them.  In a cluster, all threads must have called cluster_begin.
+template <int BLOCKS, int QUERIES, typename T, int N, int PACKS, typename Place, typename KeyRow, typename ValueRow,
+          typename Take>
+__device__ void decode_attention(const Team<T, N, PACKS>& team, const T* query, int stride, int queries, Place place,
+                                 KeyRow key_row, ValueRow value_row, Take take, T* y, int count, float scale) {
     constexpr int kWarps = kDecodeThreads / 32;
     constexpr unsigned kAllLanes = 0xffffffffu;
 
-    Pack<T, N> unscaled[PACKS];
-    team.load(unscaled, query);
+    Pack<T, N> unscaled[QUERIES][PACKS];
+    for (int q = 0; q < QUERIES; ++q) team.load(unscaled[q], query + q * stride, q < queries);
 
     // Over the team's tokens: the highest score, Σ exp(score − highest), Σ exp(score − highest) · value.  The highest
     // begins finite: of a team without tokens, −∞ − −∞ would make a NaN.
-    float highest = -FLT_MAX, sum = 0, mixed[PACKS][N] = {};
+    float highest[QUERIES], sum[QUERIES] = {}, mixed[QUERIES][PACKS][N] = {};
+    for (int q = 0; q < QUERIES; ++q) highest[q] = -FLT_MAX;
 
     // All teams run as often as the first: the shuffles need every lane.
 #pragma unroll 1
     for (int first = 0; first < count; first += kDecodeBatch * team.count()) {
         const auto token = [&](int b) { return first + b * team.count() + team.index(); };
+        int places[kDecodeBatch];
+        for (int b = 0; b < kDecodeBatch; ++b) places[b] = place(token(b));
         Pack<T, N> keys[kDecodeBatch][PACKS], values[kDecodeBatch][PACKS];
-        for (int b = 0; b < kDecodeBatch; ++b) team.load(keys[b], key_row(token(b)), token(b) < count);
-        for (int b = 0; b < kDecodeBatch; ++b) team.load(values[b], value_row(token(b)), token(b) < count);
+        for (int b = 0; b < kDecodeBatch; ++b) team.load(keys[b], key_row(token(b), places[b]), token(b) < count);
+        for (int b = 0; b < kDecodeBatch; ++b) team.load(values[b], value_row(token(b), places[b]), token(b) < count);
 
-        float scores[kDecodeBatch] = {};
+        float scores[QUERIES][kDecodeBatch] = {};
         for (int p = 0; p < PACKS; ++p) {
             for (int n = 0; n < N; ++n) {
-                const float factor = to_float(unscaled[p].values[n]) * scale;
-                for (int b = 0; b < kDecodeBatch; ++b) scores[b] += factor * to_float(keys[b][p].values[n]);
+                for (int q = 0; q < QUERIES; ++q) {
+                    const float factor = to_float(unscaled[q][p].values[n]) * scale;
+                    for (int b = 0; b < kDecodeBatch; ++b) scores[q][b] += factor * to_float(keys[b][p].values[n]);
+                }
             }
         }
         for (int b = 0; b < kDecodeBatch; ++b) {
             if (token(b) < count) take(token(b), keys[b], values[b]);
         }
         for (int offset = team.lanes / 2; offset > 0; offset /= 2) {
-            for (int b = 0; b < kDecodeBatch; ++b) scores[b] += __shfl_xor_sync(kAllLanes, scores[b], offset);
+            for (int q = 0; q < QUERIES; ++q) {
+                for (int b = 0; b < kDecodeBatch; ++b) {
+                    scores[q][b] += __shfl_xor_sync(kAllLanes, scores[q][b], offset);
+                }
+            }
         }
 
-        const float previous = highest;
-        for (int b = 0; b < kDecodeBatch; ++b) {
-            if (token(b) >= count) scores[b] = -INFINITY;
-            highest = fmaxf(highest, scores[b]);
-        }
-        const float shrink = expf(previous - highest);
-        sum *= shrink;
-        for (int p = 0; p < PACKS; ++p) {
-            for (int n = 0; n < N; ++n) mixed[p][n] *= shrink;
-        }
-        for (int b = 0; b < kDecodeBatch; ++b) {
-            const float weight = expf(scores[b] - highest);
-            sum += weight;
+        for (int q = 0; q < QUERIES; ++q) {
+            const float previous = highest[q];
+            for (int b = 0; b < kDecodeBatch; ++b) {
+                if (token(b) >= count) scores[q][b] = -INFINITY;
+                highest[q] = fmaxf(highest[q], scores[q][b]);
+            }
+            const float shrink = expf(previous - highest[q]);
+            sum[q] *= shrink;
             for (int p = 0; p < PACKS; ++p) {
-                for (int n = 0; n < N; ++n) mixed[p][n] += weight * to_float(values[b][p].values[n]);
+                for (int n = 0; n < N; ++n) mixed[q][p][n] *= shrink;
+            }
+        }
+        for (int q = 0; q < QUERIES; ++q) {
+            for (int b = 0; b < kDecodeBatch; ++b) {
+                const float weight = expf(scores[q][b] - highest[q]);
+                sum[q] += weight;
+                for (int p = 0; p < PACKS; ++p) {
+                    for (int n = 0; n < N; ++n) mixed[q][p][n] += weight * to_float(values[b][p].values[n]);
+                }
             }
         }
     }
 
     // The teams of a warp: put on a common highest score, they add up.
-    const float highest_of_warp = warp_max(highest);
-    const float shrink = expf(highest - highest_of_warp);
-    sum *= shrink;
-    for (int p = 0; p < PACKS; ++p) {
-        for (int n = 0; n < N; ++n) mixed[p][n] *= shrink;
-    }
-    for (int offset = team.lanes; offset < 32; offset *= 2) {
-        sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    __shared__ float warp_highest[QUERIES][kWarps], warp_sums[QUERIES][kWarps];
+    __shared__ float warp_mixed[QUERIES][kWarps][kDecodeMaxHeadDim];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int q = 0; q < QUERIES; ++q) {
+        const float highest_of_warp = warp_max(highest[q]);
+        const float shrink = expf(highest[q] - highest_of_warp);
+        sum[q] *= shrink;
         for (int p = 0; p < PACKS; ++p) {
-            for (int n = 0; n < N; ++n) mixed[p][n] += __shfl_xor_sync(kAllLanes, mixed[p][n], offset);
+            for (int n = 0; n < N; ++n) mixed[q][p][n] *= shrink;
+        }
+        for (int offset = team.lanes; offset < 32; offset *= 2) {
+            sum[q] += __shfl_xor_sync(kAllLanes, sum[q], offset);
+            for (int p = 0; p < PACKS; ++p) {
+                for (int n = 0; n < N; ++n) mixed[q][p][n] += __shfl_xor_sync(kAllLanes, mixed[q][p][n], offset);
+            }
+        }
+        if (lane == 0) {
+            warp_highest[q][warp] = highest_of_warp;
+            warp_sums[q][warp] = sum[q];
+        }
+        if (lane < team.lanes) {
+            for (int p = 0; p < PACKS; ++p) {
+                for (int n = 0; n < N; ++n) {
+                    if (team.column(p) < team.head_dim) warp_mixed[q][warp][team.column(p) + n] = mixed[q][p][n];
+                }
+            }
         }
     }
 
     // The warps of the block, likewise, through shared memory: a thread for each column of y.
-    __shared__ float warp_highest[kWarps], warp_sums[kWarps], warp_mixed[kWarps][kDecodeMaxHeadDim];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) {
-        warp_highest[warp] = highest_of_warp;
-        warp_sums[warp] = sum;
-    }
-    if (lane < team.lanes) {
-        for (int p = 0; p < PACKS; ++p) {
-            for (int n = 0; n < N; ++n) {
-                if (team.column(p) < team.head_dim) warp_mixed[warp][team.column(p) + n] = mixed[p][n];
+    const auto columns = [&](auto visit) {
+        if constexpr (QUERIES == 1) {
+            const int column = threadIdx.x;
+            if (column < team.head_dim) visit(0, column);
+        } else {
+            for (int i = threadIdx.x; i < QUERIES * team.head_dim; i += kDecodeThreads) {
+                visit(i / team.head_dim, i % team.head_dim);
             }
         }
-    }
-    __syncthreads();
-    const int column = threadIdx.x;
-    float total = 0, result = 0;
-    if (column < team.head_dim) {
-        highest = warp_highest[0];
-        for (int w = 1; w < kWarps; ++w) highest = fmaxf(highest, warp_highest[w]);
-        for (int w = 0; w < kWarps; ++w) {
-            const float part = expf(warp_highest[w] - highest);
-            total += part * warp_sums[w];
-            result += part * warp_mixed[w][column];
+    };
+    const auto combined = [](const float* peaks, const float* sums, auto part_of, int parts, float& peak,
+                             float& total) {
+        peak = peaks[0];
+        for (int w = 1; w < parts; ++w) peak = fmaxf(peak, peaks[w]);
+        float result = total = 0;
+        for (int w = 0; w < parts; ++w) {
+            const float part = expf(peaks[w] - peak);
+            total += part * sums[w];
+            result += part * part_of(w);
         }
-    }
-
-    // The blocks of the cluster, likewise, through the first one's shared memory, into which all others write.
-    if constexpr (BLOCKS > 1) {
-        __shared__ float block_highest[BLOCKS], block_sums[BLOCKS], block_mixed[BLOCKS][kDecodeMaxHeadDim];
+        return result;
+    };
+    __syncthreads();
+    if constexpr (BLOCKS == 1) {
+        columns([&](int q, int column) {
+            float peak, total;
+            const auto part_of = [&](int w) { return warp_mixed[q][w][column]; };
+            const float result = combined(warp_highest[q], warp_sums[q], part_of, kWarps, peak, total);
+            if (q < queries) y[q * stride + column] = from_float<T>(result / total);
+        });
+    } else {
+        // The blocks of the cluster, likewise, through the first one's shared memory, into which all others write.
+        __shared__ float block_highest[QUERIES][BLOCKS], block_sums[QUERIES][BLOCKS];
+        __shared__ float block_mixed[QUERIES][BLOCKS][kDecodeMaxHeadDim];
         const int block = blockIdx.x % BLOCKS;
         cluster_wait();  // all blocks have begun
-        if (column == 0) {
-            store_in_first_block(block_highest[block], highest);
-            store_in_first_block(block_sums[block], total);
-        }
-        if (column < team.head_dim) store_in_first_block(block_mixed[block][column], result);
+        columns([&](int q, int column) {
+            float peak, total;
+            const auto part_of = [&](int w) { return warp_mixed[q][w][column]; };
+            const float result = combined(warp_highest[q], warp_sums[q], part_of, kWarps, peak, total);
+            if (column == 0) {
+                store_in_first_block(block_highest[q][block], peak);
+                store_in_first_block(block_sums[q][block], total);
+            }
+            store_in_first_block(block_mixed[q][block][column], result);
+        });
         cluster_arrive();
         cluster_wait();
         if (block > 0) return;
-        if (column < team.head_dim) {
-            highest = block_highest[0];
-            for (int b = 1; b < BLOCKS; ++b) highest = fmaxf(highest, block_highest[b]);
-            total = result = 0;
-            for (int b = 0; b < BLOCKS; ++b) {
-                const float part = expf(block_highest[b] - highest);
-                total += part * block_sums[b];
-                result += part * block_mixed[b][column];
-            }
-        }
+        columns([&](int q, int column) {
+            float peak, total;
+            const auto part_of = [&](int b) { return block_mixed[q][b][column]; };
+            const float result = combined(block_highest[q], block_sums[q], part_of, BLOCKS, peak, total);
+            if (q < queries) y[q * stride + column] = from_float<T>(result / total);
+        });
     }
-    if (column < team.head_dim) y[column] = from_float<T>(result / total);
 }
 
 }  // namespace trt_graft

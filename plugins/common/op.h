@@ -61,7 +61,7 @@ class Sizes {
     std::vector<nvinfer1::Dims> dims_;
 };
 
-// One call.  All floating-point inputs and outputs are of one type, that of input 0.
+// One call.  Floating-point inputs and outputs are of one type, that of input 0, but for those of Op::is_fp32.
 struct Call {
     DataType type;
     const void* const* in;
@@ -79,6 +79,7 @@ class Op {
     virtual int32_t inputs() const = 0;
     virtual std::vector<Shape> outputs() const = 0;
     virtual bool is_int32(int32_t /*tensor*/) const { return false; }  // inputs, then outputs
+    virtual bool is_fp32(int32_t /*tensor*/) const { return false; }   // whatever input 0 is
     // Whether a tensor (inputs, then outputs) is an image: (B, C, H, W) to TensorRT, channel-last to the kernel, see
     // launch.h.  All others are linear.
     virtual bool is_image(int32_t /*tensor*/) const { return false; }

@@ -25,13 +25,16 @@ bool takes(const Op& op, int32_t position, nvinfer1::DataType type, nvinfer1::Te
     using Type = nvinfer1::DataType;
     using Format = nvinfer1::TensorFormat;
     if (op.is_int32(position)) return type == Type::kINT32 && format == Format::kLINEAR;
+    if (op.is_fp32(position)) return type == Type::kFLOAT && format == Format::kLINEAR;
     if (type != Type::kFLOAT && type != Type::kHALF) return false;
     if (position > 0 && type != first) return false;
     return format == (type == Type::kHALF && op.is_image(position) ? Format::kHWC8 : Format::kLINEAR);
 }
 
 nvinfer1::DataType output_type(const Op& op, int32_t output, nvinfer1::DataType first) {
-    return op.is_int32(op.inputs() + output) ? nvinfer1::DataType::kINT32 : first;
+    const int32_t tensor = op.inputs() + output;
+    if (op.is_int32(tensor)) return nvinfer1::DataType::kINT32;
+    return op.is_fp32(tensor) ? nvinfer1::DataType::kFLOAT : first;
 }
 
 nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* inputs,

@@ -1,8 +1,9 @@
-"""One token's attention over keys and values that the prefill has computed:
+"""One token's attention over keys and values that the prefill has computed, for each row of its own (n = 1), or for the
+n beams of each image:
 
-query (B, 1, D) ─ (·scale) ─ Reshape ───────┐
-key (B, heads, T, head_dim) ─ Transpose ──── MatMul ─ Softmax ─┐
-value (B, heads, T, head_dim) ─────────────────────────────── MatMul ─ Reshape ─ y (B, 1, D)
+query (B·n, 1, D) ─ (·scale) ─ Reshape ─ (Transpose) ─┐
+key (B, heads, T, head_dim) ─ Transpose ───────────── MatMul ─ Softmax ─┐
+value (B, heads, T, head_dim) ──────────────────────────────────────── MatMul ─ (Transpose) ─ Reshape ─ y (B·n, 1, D)
 """
 
 from __future__ import annotations
@@ -22,11 +23,22 @@ def on_last(node: gs.Node) -> bool:
     return node.attrs["axis"] in (-1, 3)
 
 
+def swaps_heads_and_rows(node: gs.Node) -> bool:
+    return node.attrs["perm"] == [0, 2, 1, 3]
+
+
+def mixed(query_heads: Value) -> Value:
+    scores = Op("MatMul", query_heads, Op("Transpose", key, where=swaps_last_two))
+    return Op("MatMul", Op("Softmax", scores, where=on_last), value)
+
+
 query, key, value = Value(rank=3), Value(rank=4), Value(rank=4)
 scale = Constant()
-query_heads = Either(Reshaped(Op("Mul", query, scale), rank=4), Reshaped(query, rank=4))
-scores = Op("MatMul", query_heads, Op("Transpose", key, where=swaps_last_two))
-PATTERN = Reshaped(Op("MatMul", Op("Softmax", scores, where=on_last), value), rank=3)
+split = Either(Reshaped(Op("Mul", query, scale), rank=4), Reshaped(query, rank=4))
+of_images = mixed(Op("Transpose", split, where=swaps_heads_and_rows))
+PATTERN = Either(
+    Reshaped(mixed(split), rank=3), Reshaped(Op("Transpose", of_images, where=swaps_heads_and_rows), rank=3)
+)
 
 
 def matches(graph: gs.Graph) -> list[Match]:

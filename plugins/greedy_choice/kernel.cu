@@ -4,6 +4,7 @@
 // them over many blocks, each with all its loads on their way at once, and leaves the best token of each chunk; a
 // second one, a single block, picks among these and moves the state on.  It is the only one that writes the position,
 // which the first one reads.
+#include "common/candidate.cuh"
 #include "common/dependent_launch.cuh"
 #include "greedy_choice/kernel.cuh"
 
@@ -14,24 +15,6 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 8;  // of a thread
 constexpr int kChunk = kThreads * kTokens;
 constexpr int kStateThreads = 1024;
-
-// A token and its logit as one integer: the greatest is that of the highest logit, and of the first token among equals.
-// All are greater than 0.
-using Candidate = unsigned long long;
-
-__device__ Candidate candidate(float logit, uint32_t token) {
-    constexpr uint32_t kSign = 0x80000000u;
-    const uint32_t bits = logit == 0 ? 0 : __float_as_uint(logit);  // −0 is 0
-    const uint32_t ordered = isnan(logit) ? 0xffffffffu : bits & kSign ? ~bits : bits | kSign;
-    return Candidate{ordered} << 32 | ~token;
-}
-
-__device__ int32_t token_of(Candidate candidate) { return static_cast<int32_t>(~static_cast<uint32_t>(candidate)); }
-
-__device__ Candidate warp_max(Candidate x) {
-    for (int offset = 16; offset > 0; offset /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, offset));
-    return x;
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -89,7 +72,9 @@ __global__ void __launch_bounds__(kStateThreads)
         const int32_t before = finished[row];
         __syncwarp();  // what all have read may change
 
-        const int32_t token = before > 0 ? pad : forced_token >= 0 ? forced_token : token_of(best);
+        const int32_t token = before > 0          ? pad
+                              : forced_token >= 0 ? forced_token
+                                                  : static_cast<int32_t>(place_of(best));
         bool ended = false;
         for (int e = 0; e < end_count; ++e) ended |= token == ends[e];
         if (lane == 0) next_finished[row] = max(before, int32_t{ended});

@@ -6,7 +6,8 @@
 
 INPUT is image files or folders of them.  Restormer writes OUT/<stem>.png; TrOCR prints `<path>TAB<text>` and, with -o,
 writes one JSON object a line.  Needs no PyTorch: build/<model>/ holds all that execution takes.  `auto` runs TensorRT
-engines where they can run, and says so when it falls back to ONNX Runtime on the patched graphs.
+engines where they can run, and says so when it falls back to ONNX Runtime on the patched graphs.  After more than one
+image, the last line on stderr says how many a second that was, and what the time went into.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def test_beams_that_were_asked_for(built_beams):
     assert manifest["load_options"] == {"num_beams": 3}
     assert manifest["settings"]["generation"]["num_beams"] == 3
     step = next(part for part in folder.parts() if part.name == "step")
-    assert step.limits()["batch"] == (1, 10)
+    assert step.limits()["batch"] == (1, 21)
     assert step.chosen == ["scores", "hypothesis_scores", "next_scores", "next_hypothesis_scores"]
     names = ["batch 1, beam 3, 20 tokens", "batch 8, beam 3, 20 tokens"]
     assert list(folder.spec.workloads(manifest["settings"])) == names

@@ -259,7 +259,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
     parts, part_ms = {}, {}
     for name, inputs in pickle.loads((shared / "part_inputs.pickle").read_bytes()).items():
         part = next(part for part in folder.parts() if part.name == name)
-        outputs, part_ms[name] = timed(partial(executor.run, name, inputs))
+        outputs, part_ms[name] = timed(partial(executor.run, name, inputs), executor.synchronize)
         parts[name] = {tensor.name: as_numpy(outputs[tensor.name]) for tensor in part.outputs if tensor.is_approximate}
     total_ms = run_samples(run_batch, task, spec.batch_size, results_path(shared, label))
     sized: Dict[str, Dict[str, np.ndarray]] = {}
@@ -268,7 +268,7 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
         for name, call in whole.items():
             with suppress(Unusable):  # larger than the engines were built for
                 call()  # twice: the second call finds in other places what the first has made
-                timed_ms[name] = timed(call)[1]
+                timed_ms[name] = timed(call, executor.synchronize)[1]
         for part in folder.parts():
             for name, inputs in random_inputs(part, executor.limits(part.name)):
                 outputs = executor.run(part.name, inputs)
@@ -335,13 +335,15 @@ def results_of(shared: Path, label: str) -> Iterator[Any]:
             yield from pickle.load(stored)
 
 
-def timed(call: Callable[[], Any]) -> Tuple[Any, List[float]]:
-    """The result of a warm-up call, and the latencies in ms of REPEATS further ones."""
+def timed(call: Callable[[], Any], wait: Callable[[], None]) -> Tuple[Any, List[float]]:
+    """The result of a warm-up call, and the latencies in ms of REPEATS further ones, each until `wait` returns."""
     result = call()
     latencies = []
     for _ in range(REPEATS):
+        wait()
         started = time.perf_counter()
         call()
+        wait()
         latencies.append((time.perf_counter() - started) * 1e3)
     return result, latencies
 

@@ -98,6 +98,9 @@ class OnnxRuntimeExecutor:
     def rows(self, value: np.ndarray, indices: np.ndarray) -> np.ndarray:
         return value[indices]
 
+    def synchronize(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class DeviceArray:
@@ -134,12 +137,15 @@ class Call:
     """A part at fixed shapes and addresses: an execution context, the arrays bound to it and, after its first run, a
     CUDA graph of it.
 
-    arrays   tensor name → where it is on the GPU
-    staged   tensor name → page-locked host memory, for what passes between host and GPU
+    arrays    tensor name → where it is on the GPU
+    staged    tensor name → page-locked host memory, for what passes between host and GPU
+    uploaded  an event: the inputs have left that memory
     """
 
-    def __init__(self, context: Any, arrays: Mapping[str, DeviceArray], staged: Mapping[str, np.ndarray]) -> None:
-        self.context, self.arrays, self.staged = context, arrays, staged
+    def __init__(
+        self, context: Any, arrays: Mapping[str, DeviceArray], staged: Mapping[str, np.ndarray], uploaded: Any
+    ) -> None:
+        self.context, self.arrays, self.staged, self.uploaded = context, arrays, staged, uploaded
         self.graph: Any = None
         for name, array in arrays.items():
             context.set_tensor_address(name, array.address)
@@ -198,6 +204,7 @@ class TensorRTExecutor:
     KEPT_CALLS = 32  # behind these, the least recently used one makes way
     LOOK_EVERY = 2  # runs of a loop between two looks at whether it should end; some 1.5 times as many come too late
     WARM_UPS = 5
+    PIECE_BYTES = 1 << 20  # of an input on its way to the GPU
 
     def __init__(self, folder: BuildFolder, precision: str) -> None:
         import pycuda.autoprimaryctx  # noqa: F401  (makes the context)
@@ -241,16 +248,22 @@ class TensorRTExecutor:
         self.gathered: Dict[Any, DeviceArray] = {}
         self.resident: Dict[Any, Tuple[DeviceArray, np.ndarray]] = {}
         self.looks: Dict[Any, List[Tuple[np.ndarray, Any]]] = {}
+        self.copiers = ThreadPoolExecutor(READERS)
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
+        """Waits for the GPU only where there are outputs to bring to the host."""
         call, _ = self.uploaded(part, inputs)
         call.launch(self.stream)
         outputs = [tensor.name for tensor in self.parts[part].outputs]
-        for name in outputs:
-            if name in call.staged:
-                self.cuda.memcpy_dtoh_async(call.staged[name], call.arrays[name].memory, self.stream)
+        fetched = [name for name in outputs if name in call.staged]
+        for name in fetched:
+            self.cuda.memcpy_dtoh_async(call.staged[name], call.arrays[name].memory, self.stream)
+        if fetched:
+            self.stream.synchronize()
+        return {name: call.staged[name].copy() if name in fetched else call.arrays[name] for name in outputs}
+
+    def synchronize(self) -> None:
         self.stream.synchronize()
-        return {name: call.staged[name].copy() if name in call.staged else call.arrays[name] for name in outputs}
 
     def loop(
         self, part: str, inputs: Mapping[str, Any], carried: Mapping[str, str], times: int, until: Optional[str] = None
@@ -295,8 +308,7 @@ class TensorRTExecutor:
         if key not in self.resident:
             self.resident[key] = DeviceArray.empty(value.shape, dtype), self.cuda.pagelocked_empty(value.shape, dtype)
         array, staged = self.resident[key]
-        staged[...] = value
-        self.cuda.memcpy_htod_async(array.address, staged, self.stream)
+        self.copy_to_gpu(array, staged, value)  # the last loop has waited for the GPU
         return array
 
     def look(self, flags: DeviceArray, turn: int) -> Tuple[np.ndarray, Any]:
@@ -372,15 +384,32 @@ class TensorRTExecutor:
         if key not in self.calls:
             self.calls[key] = self.prepared(part, given, kept)
             if len(self.calls) > self.KEPT_CALLS:
+                self.stream.synchronize()  # it may be running
                 self.calls.popitem(last=False)[1].release()
         self.calls.move_to_end(key)
         return self.calls[key]
 
     def upload(self, call: Call, given: Mapping[str, Any]) -> None:
+        call.uploaded.synchronize()
         for name, value in given.items():
             if not isinstance(value, DeviceArray):
-                call.staged[name][...] = value
-                self.cuda.memcpy_htod_async(call.arrays[name].address, call.staged[name], self.stream)
+                self.copy_to_gpu(call.arrays[name], call.staged[name], value)
+        call.uploaded.record(self.stream)
+
+    def copy_to_gpu(self, array: DeviceArray, staged: np.ndarray, value: np.ndarray) -> None:
+        """Queues the copy of a host array by way of `staged`.  Threads bring it there in pieces, each of which is on
+        its way to the GPU while they are at the next ones: a batch of images is 56 MB."""
+        staged, value = staged.reshape(-1), value.reshape(-1)
+        size = self.PIECE_BYTES // staged.itemsize
+        pieces = [slice(start, start + size) for start in range(0, staged.size, size)]
+
+        def copy(piece: slice) -> None:
+            staged[piece] = value[piece]
+
+        copied = map(copy, pieces) if len(pieces) == 1 else self.copiers.map(copy, pieces)
+        for piece, _ in zip(pieces, copied):
+            address = array.address + piece.start * staged.itemsize
+            self.cuda.memcpy_htod_async(address, staged[piece], self.stream)
 
     def prepared(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
         """A context for inputs of these shapes, with arrays for all that is not yet on the GPU."""
@@ -412,7 +441,7 @@ class TensorRTExecutor:
                 arrays[tensor.name] = DeviceArray.empty(shape, dtype)
             if not (tensor.internal or kept):
                 staged[tensor.name] = self.cuda.pagelocked_empty(shape, dtype)
-        return Call(context, arrays, staged)
+        return Call(context, arrays, staged, self.cuda.Event())
 
     def output(self, key: Tuple[str, str, Tuple[int, ...]], dtype: np.dtype, taken: Collection[int]) -> DeviceArray:
         """The array for an internal output: the same one each time, or its twin where that one is an input."""

@@ -204,7 +204,7 @@ class SingleNodes(TensorRTExecutor):
 
     def prepared(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
         call = super().prepared(part, given, kept=True)
-        return Series(call.context, call.arrays, call.staged)
+        return Series(call.context, call.arrays, call.staged, call.uploaded)
 
     def profile_sizes(self, part: str, profile: int, which: int) -> Dict[str, int]:
         return {}

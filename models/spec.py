@@ -156,7 +156,10 @@ class Executor(Protocol):
     """
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
-        """Runs `part` on inputs by name and returns its outputs by name."""
+        """Runs `part` on inputs by name and returns its outputs by name.  Internal ones may still be in the making."""
+
+    def synchronize(self) -> None:
+        """Waits for all that runs."""
 
     def loop(
         self, part: str, inputs: Mapping[str, Any], carried: Mapping[str, str], times: int, until: Optional[str] = None

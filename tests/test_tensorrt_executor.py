@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,35 @@ class Memory:
 
 
 class Stream:
-    """Runs at once what is queued, or keeps it while a graph is being captured."""
+    """Runs nothing before someone waits for it; there is only one.  What is queued while a graph is being captured
+    belongs to the graph."""
 
-    recorded: list[Callable[[], None]] | None = None
+    recorded: list[Callable[[], object]] | None = None
+    queued: list[Callable[[], object]] = []
     handle = 1
 
+    @staticmethod
+    def queue(call: Callable[[], object]) -> None:
+        (Stream.queued if Stream.recorded is None else Stream.recorded).append(call)
+
     def synchronize(self) -> None:
-        pass
+        while Stream.queued:
+            Stream.queued.pop(0)()
 
 
 class Event:
+    passed = True
+
     def record(self, stream: Stream) -> None:
-        pass
+        self.passed = False
+        stream.queue(self.passes)
+
+    def passes(self) -> None:
+        self.passed = True
 
     def synchronize(self) -> None:
-        pass
+        while not self.passed:
+            Stream.queued.pop(0)()
 
     def time_since(self, other: Event) -> float:
         return 1.0
@@ -93,10 +108,7 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        if Stream.recorded is None:
-            self.compute()
-        else:
-            Stream.recorded.append(self.compute)
+        Stream.queue(self.compute)
         return True
 
     def compute(self) -> None:
@@ -153,16 +165,34 @@ def capture_begins(stream: int, mode: object) -> tuple[int]:
     return (0,)
 
 
-def capture_ends(stream: int) -> tuple[int, list[Callable[[], None]]]:
+def capture_ends(stream: int) -> tuple[int, list[Callable[[], object]]]:
     recorded, Stream.recorded = Stream.recorded, None
     assert recorded
     return (0, recorded)
 
 
-def launch(graph: list[Callable[[], None]], stream: int) -> tuple[int]:
+def launch(graph: list[Callable[[], object]], stream: int) -> tuple[int]:
     for call in graph:
-        call()
+        Stream.queue(call)
     return (0,)
+
+
+def to_gpu(target: int, source: np.ndarray) -> None:
+    ctypes.memmove(target, source.ctypes.data, source.nbytes)
+
+
+def to_host(target: np.ndarray, source: Memory) -> None:
+    ctypes.memmove(target.ctypes.data, int(source), target.nbytes)
+
+
+def to_host_once_ready(target: np.ndarray, source: Memory) -> None:
+    Stream().synchronize()
+    to_host(target, source)
+
+
+def queued(call: Callable[..., object]) -> Callable[..., None]:
+    """A function that queues `call`; its last argument is the stream."""
+    return lambda *arguments: Stream.queue(partial(call, *arguments[:-1]))
 
 
 RUNTIME = types.SimpleNamespace(
@@ -185,12 +215,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
         Stream=Stream,
         Event=Event,
         pagelocked_empty=np.empty,
-        memcpy_htod=lambda target, source: ctypes.memmove(target, source.ctypes.data, source.nbytes),
-        memcpy_dtoh=lambda target, source: ctypes.memmove(target.ctypes.data, int(source), target.nbytes),
-        memcpy_htod_async=lambda target, source, stream: ctypes.memmove(target, source.ctypes.data, source.nbytes),
-        memcpy_dtoh_async=lambda target, source, stream: ctypes.memmove(target.ctypes.data, int(source), target.nbytes),
-        memcpy_dtod_async=lambda target, source, size, stream: ctypes.memmove(target, source, size),
-        memset_d8_async=lambda target, value, size, stream: ctypes.memset(target, value, size),
+        memcpy_htod=to_gpu,
+        memcpy_dtoh=to_host_once_ready,
+        memcpy_htod_async=queued(to_gpu),
+        memcpy_dtoh_async=queued(to_host),
+        memcpy_dtod_async=queued(ctypes.memmove),
+        memset_d8_async=queued(ctypes.memset),
     )
     package = types.ModuleType("pycuda")
     package.__dict__.update(driver=driver, autoprimaryctx=types.ModuleType("pycuda.autoprimaryctx"))
@@ -218,6 +248,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
     found = TensorRT(tensorrt, "stand-in", builds_without_gpu=False)
     monkeypatch.setattr(infer_trt, "find_tensorrt", lambda: found)
     monkeypatch.setattr(infer_trt, "cuda_runtime", lambda: RUNTIME)
+    monkeypatch.setattr(Stream, "queued", [])
+    monkeypatch.setattr(TensorRTExecutor, "PIECE_BYTES", 4096)  # images come in several
     monkeypatch.setattr(infer_trt.plugins, "load_library", lambda: None)
     return found
 
@@ -321,6 +353,23 @@ def test_loops_are_runs_one_after_the_other(executor, built, times, state):
     for name, values in results[0].items():
         np.testing.assert_array_equal(values, results[1][name])
     assert results[0]["next_position"].tolist() == [times]
+
+
+def test_runs_do_not_wait_for_one_another(executor):
+    """Inputs may change as soon as a run is queued, and what it needs may have to make way for the next one."""
+    tested, random = executor(True), np.random.default_rng(0)
+    batches = [random.uniform(-1, 1, (rows, 3, 64, 768)).astype(np.float32) for rows in (1, 2, 1, 3)]
+    expected = [as_numpy(tested.run("encoder", {"pixel_values": batch})["encoder_hidden"]) for batch in batches]
+    for kept in (len(batches), 1):
+        tested.KEPT_CALLS = kept
+        found = []
+        for batch in batches:
+            changing = batch.copy()
+            found.append(tested.run("encoder", {"pixel_values": changing})["encoder_hidden"])
+            changing[...] = np.nan
+        assert Stream.queued
+        for values, array in list(zip(expected, found))[1:]:  # the third one's output replaces the first one's
+            np.testing.assert_array_equal(values, as_numpy(array))
 
 
 def test_measured_runs_are_alike(executor):

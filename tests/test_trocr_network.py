@@ -110,6 +110,9 @@ class TorchExecutor:
         named = zip(exportable.part.outputs, outputs, strict=True)
         return {tensor.name: value if tensor.internal else value.numpy() for tensor, value in named}
 
+    def synchronize(self) -> None:
+        pass
+
     def loop(
         self, part: str, inputs: dict[str, Any], carried: dict[str, str], times: int, until: str | None
     ) -> dict[str, Any]:

@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "common/bulk_copy.cuh"
 #include "common/cluster.cuh"
 #include "common/dependent_launch.cuh"
 #include "common/gelu.cuh"
@@ -318,48 +319,6 @@ __host__ __device__ constexpr int row_offset(int row, int granules) { return 4 *
 
 // Which of eight rows that is for the lanes of a group.
 __device__ inline int row_of(int group) { return group % 2 * 4 + group / 2; }
-
-// A barrier that `bytes` copied bytes open.  One thread prepares it; others may wait once they know of it.
-__device__ inline void expect_copies(uint64_t* barrier, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-    asm volatile(
-        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-        "fence.mbarrier_init.release.cluster;\n"
-        "fence.proxy.async.shared::cta;\n"
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address),
-        "r"(bytes)
-        : "memory");
-#endif
-}
-
-// Starts to copy a multiple of 16 bytes between multiples of 16.
-__device__ inline void copy_bulk(uint4* target, const __half* source, int bytes, uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(target))),
-                 "l"(source), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
-                 : "memory");
-#endif
-}
-
-__device__ inline void wait_for_copies(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-    uint32_t done;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], 0;\n"
-            "selp.b32 %0, 1, 0, done;\n"
-            "}\n"
-            : "=r"(done)
-            : "r"(address)
-            : "memory");
-    } while (!done);
-#endif
-}
 
 // target = x in a block of the cluster, where `target` is the variable's address in the caller's own shared memory.
 __device__ inline void store_in_block(float4* target, int block, const float4& x) {

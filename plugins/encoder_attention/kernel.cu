@@ -4,15 +4,18 @@
 // scores never leave the chip: a block takes a tile of queries of one head and walks over tiles of its keys and values
 // with an online softmax (Dao et al. 2022).  Scores, softmax and sums are FP32.
 //
-// Two kernels: FP16 with whole packs of 16 bytes on tensor cores, everything else with FP32 multiply-adds.
+// Two kernels: FP16 with whole packs of 16 bytes on tensor cores, everything else with FP32 multiply-adds.  FP16 heads
+// of 64 columns on Hopper: see sm90.cu.
 #include <cuda_pipeline.h>
 
 #include <cfloat>
 #include <type_traits>
 
 #include "common/kernel.cuh"
+#include "common/pointwise.cuh"
 #include "common/tensor_core.cuh"
 #include "encoder_attention/kernel.cuh"
+#include "encoder_attention/sm90.cuh"
 
 namespace trt_graft {
 namespace {
@@ -281,14 +284,14 @@ __global__ void __launch_bounds__(GROUPS * kWarps * 32, ROWS == 2 ? 3 : 1)
 
 // ---- FP32 multiply-adds ---------------------------------------------------------------------------------------------
 
-constexpr int kSide = 16;  // a block is 16 threads along the queries × 16 along the keys, then along the columns
+constexpr int kThreadSide = 16;  // a block is 16 threads along the queries × 16 along the keys, then along the columns
 
 // tile[i] = row first + i of a head as FP32; zeros behind the last token and behind head_dim.
 template <typename T, int ROWS, int STRIDE>
 __device__ void load_tile(float (&tile)[ROWS][STRIDE], const T* x, const Place& place, int64_t first, int64_t tokens,
                           int head_dim) {
     constexpr int kWidth = STRIDE - 4;
-    for (int i = threadIdx.x; i < ROWS * kWidth; i += kSide * kSide) {
+    for (int i = threadIdx.x; i < ROWS * kWidth; i += kThreadSide * kThreadSide) {
         const int row = i / kWidth, column = i % kWidth;
         const bool inside = first + row < tokens && column < head_dim;
         tile[row][column] = inside ? to_float(x[place.origin + (first + row) * place.stride + column]) : 0;
@@ -296,19 +299,19 @@ __device__ void load_tile(float (&tile)[ROWS][STRIDE], const T* x, const Place& 
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kSide* kSide)
+__global__ void __launch_bounds__(kThreadSide* kThreadSide)
     multiply_add_kernel(const T* q, const T* k, const T* v, T* y, int64_t tokens, int heads, int head_dim,
                         float scale) {
-    constexpr int kRows = WIDTH <= 64 ? 4 : 2;    // queries of a thread: down, down + 16, …
-    constexpr int kScores = WIDTH <= 64 ? 2 : 1;  // keys of a thread: across, across + 16, …
-    constexpr int kPacks = WIDTH / (4 * kSide);   // columns of a thread, in packs of four: across, across + 16, …
-    constexpr int kKeys = kSide * kScores;
+    constexpr int kRows = WIDTH <= 64 ? 4 : 2;         // queries of a thread: down, down + 16, …
+    constexpr int kScores = WIDTH <= 64 ? 2 : 1;       // keys of a thread: across, across + 16, …
+    constexpr int kPacks = WIDTH / (4 * kThreadSide);  // columns of a thread, in packs of four: across, across + 16, …
+    constexpr int kKeys = kThreadSide * kScores;
     // Rows are 16 bytes longer than they need be: packs at one column of eight rows lie in different banks.
-    __shared__ alignas(16) float queries[kSide * kRows][WIDTH + 4], weights[kSide * kRows][kKeys + 4];
+    __shared__ alignas(16) float queries[kThreadSide * kRows][WIDTH + 4], weights[kThreadSide * kRows][kKeys + 4];
     __shared__ alignas(16) float keys[kKeys][WIDTH + 4], values[kKeys][WIDTH + 4];
 
-    const Place place = place_of_block(tokens, heads, head_dim, kSide * kRows);
-    const int across = threadIdx.x % kSide, down = threadIdx.x / kSide;
+    const Place place = place_of_block(tokens, heads, head_dim, kThreadSide * kRows);
+    const int across = threadIdx.x % kThreadSide, down = threadIdx.x / kThreadSide;
     load_tile(queries, q, place, place.query, tokens, head_dim);
 
     float highest[kRows], sum[kRows] = {}, mixed[kRows][kPacks][4] = {};
@@ -323,8 +326,8 @@ __global__ void __launch_bounds__(kSide* kSide)
         float scores[kRows][kScores] = {};
         for (int column = 0; column < head_dim; column += 4) {
             Pack<float, 4> query[kRows], key[kScores];
-            for (int r = 0; r < kRows; ++r) query[r] = load_pack<4>(&queries[down + r * kSide][column]);
-            for (int s = 0; s < kScores; ++s) key[s] = load_pack<4>(&keys[across + s * kSide][column]);
+            for (int r = 0; r < kRows; ++r) query[r] = load_pack<4>(&queries[down + r * kThreadSide][column]);
+            for (int s = 0; s < kScores; ++s) key[s] = load_pack<4>(&keys[across + s * kThreadSide][column]);
             for (int r = 0; r < kRows; ++r) {
                 for (int s = 0; s < kScores; ++s) {
                     for (int n = 0; n < 4; ++n) scores[r][s] += query[r].values[n] * key[s].values[n];
@@ -335,10 +338,10 @@ __global__ void __launch_bounds__(kSide* kSide)
         for (int r = 0; r < kRows; ++r) {
             float tile_highest = highest[r];
             for (int s = 0; s < kScores; ++s) {
-                scores[r][s] = first + across + s * kSide < tokens ? scores[r][s] * scale : -INFINITY;
+                scores[r][s] = first + across + s * kThreadSide < tokens ? scores[r][s] * scale : -INFINITY;
                 tile_highest = fmaxf(tile_highest, scores[r][s]);
             }
-            for (int offset = 1; offset < kSide; offset *= 2) {  // the 16 lanes of a row
+            for (int offset = 1; offset < kThreadSide; offset *= 2) {  // the 16 lanes of a row
                 tile_highest = fmaxf(tile_highest, __shfl_xor_sync(0xffffffffu, tile_highest, offset));
             }
             const float shrink = exp2f(highest[r] - tile_highest);
@@ -350,17 +353,17 @@ __global__ void __launch_bounds__(kSide* kSide)
             for (int s = 0; s < kScores; ++s) {
                 const float weight = exp2f(scores[r][s] - tile_highest);
                 sum[r] += weight;
-                weights[down + r * kSide][across + s * kSide] = weight;
+                weights[down + r * kThreadSide][across + s * kThreadSide] = weight;
             }
         }
         __syncwarp();  // a row of weights is written and read by the same half of a warp
 
         for (int key = 0; key < kKeys; key += 4) {
             Pack<float, 4> weight[kRows];
-            for (int r = 0; r < kRows; ++r) weight[r] = load_pack<4>(&weights[down + r * kSide][key]);
+            for (int r = 0; r < kRows; ++r) weight[r] = load_pack<4>(&weights[down + r * kThreadSide][key]);
             for (int n = 0; n < 4; ++n) {
                 for (int p = 0; p < kPacks; ++p) {
-                    const auto value = load_pack<4>(&values[key + n][(across + p * kSide) * 4]);
+                    const auto value = load_pack<4>(&values[key + n][(across + p * kThreadSide) * 4]);
                     for (int r = 0; r < kRows; ++r) {
                         for (int m = 0; m < 4; ++m) mixed[r][p][m] += weight[r].values[n] * value.values[m];
                     }
@@ -370,12 +373,12 @@ __global__ void __launch_bounds__(kSide* kSide)
     }
 
     for (int r = 0; r < kRows; ++r) {
-        for (int offset = 1; offset < kSide; offset *= 2) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], offset);
-        const int64_t query = place.query + down + r * kSide;
+        for (int offset = 1; offset < kThreadSide; offset *= 2) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], offset);
+        const int64_t query = place.query + down + r * kThreadSide;
         if (query >= tokens) continue;
         for (int p = 0; p < kPacks; ++p) {
             for (int m = 0; m < 4; ++m) {
-                const int column = (across + p * kSide) * 4 + m;
+                const int column = (across + p * kThreadSide) * 4 + m;
                 if (column < head_dim) {
                     y[place.origin + query * place.stride + column] = from_float<T>(mixed[r][p][m] / sum[r]);
                 }
@@ -395,6 +398,19 @@ cudaError_t launch_encoder_attention(DataType type, const void* q, const void* k
     if (head_dim > kMaxHeadDim || batch * heads * tiles > INT32_MAX || tiles > INT32_MAX / 64) {
         return cudaErrorInvalidValue;
     }
+#ifdef TRT_GRAFT_SM90
+    const auto on_boundary = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    if (type == DataType::kHalf && head_dim == 64 && on_boundary(k) && on_boundary(v)) {
+        Gpu gpu;
+        cudaError_t error = find_gpu(gpu);
+        bool taken = false;
+        if (!error && gpu.is_hopper) {
+            error = launch_encoder_attention_sm90(q, k, v, y, batch, tokens, heads, scale, gpu.multiprocessors, stream,
+                                                  taken);
+        }
+        if (error || taken) return error;
+    }
+#endif
     return dispatch(type, [&](auto tag) {
         using T = decltype(tag);
         const auto launch = [&](auto kernel, int threads, int tile) {
@@ -428,9 +444,9 @@ cudaError_t launch_encoder_attention(DataType type, const void* q, const void* k
             }
         }
         if (head_dim <= 64) {
-            launch(multiply_add_kernel<T, 64>, kSide * kSide, 4 * kSide);
+            launch(multiply_add_kernel<T, 64>, kThreadSide * kThreadSide, 4 * kThreadSide);
         } else {
-            launch(multiply_add_kernel<T, 128>, kSide * kSide, 2 * kSide);
+            launch(multiply_add_kernel<T, 128>, kThreadSide * kThreadSide, 2 * kThreadSide);
         }
     });
 }

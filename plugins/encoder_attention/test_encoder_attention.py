@@ -57,10 +57,11 @@ def launch(q, k, v, heads, scale, y=None):
     "sizes",
     [(1, 1, 1, 16), (2, 5, 2, 32), (3, 33, 4, 16), (1, 64, 1, 64), (1, 65, 2, 48), (1, 127, 3, 8), (1, 128, 2, 128)]
     + [(1, 100, 2, 80), (2, 33, 3, 4), (1, 70, 2, 100), (1, 17, 1, 1), (1, 35, 1, 127), (4, 9, 5, 20)]
-    # few blocks and many, which the FP16 kernel cuts differently
+    # few blocks and many, which the FP16 kernels cut differently
     + [(1, 577, 12, 64), (1, 578, 6, 64), (1, 577, 2, 128), (1, 31, 2, 24), (1, 49, 2, 64)]
     + [(32, 577, 12, 64), (32, 578, 6, 64), (256, 1, 1, 64), (128, 17, 2, 32), (128, 129, 1, 16), (64, 255, 2, 40)]
-    + [(128, 33, 2, 128)],
+    + [(128, 33, 2, 128), (128, 64, 2, 64), (100, 127, 3, 64), (64, 129, 4, 64), (16, 577, 12, 64), (9, 1000, 6, 64)]
+    + [(1, 63, 3, 64), (1, 129, 1, 64), (2, 577, 12, 64), (3, 577, 12, 64), (4, 577, 12, 64), (1, 1025, 2, 64)],
 )
 def test_kernel_is_the_reference(sizes, dtype):
     batch, tokens, heads, head_dim = sizes
@@ -72,6 +73,14 @@ def test_kernel_is_the_reference(sizes, dtype):
     assert torch.equal(y, launch(q, k, v, heads, scale))
 
 
+def exact(*shape, dtype=torch.float16):
+    """Even integers up to 600, whose products FP32 adds up without rounding, in any order.
+
+    Scores as large as theirs are rounded to a sixteenth otherwise, and two that are nearly equal mix differently.
+    """
+    return 2 * torch.randint(-300, 301, shape, device="cuda").to(dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 20])
@@ -79,7 +88,7 @@ def test_kernel_keeps_scores_beyond_fp16_finite(head_dim, dtype):
     torch.manual_seed(0)
     constant = torch.full((1, 67, 2 * head_dim), 200, dtype=dtype, device="cuda")  # q · kᵀ is 2.6 million
     kernels.assert_close(launch(constant, constant, constant, 2, 0.125), constant)
-    q, k, v = (200 * torch.randn(1, 67, 2 * head_dim, device="cuda").to(dtype) for _ in range(3))
+    q, k, v = (exact(1, 67, 2 * head_dim, dtype=dtype) for _ in range(3))
     for scale in (0.125, -0.125):
         kernels.assert_close(launch(q, k, v, 2, scale), encoder_attention(q, k, v, 2, scale))
 
@@ -111,6 +120,29 @@ def test_kernel_touches_nothing_outside(tokens, head_dim, dtype):
         x.normal_()
     kernels.assert_close(launch(q, k, v, 1, 0.3, y), encoder_attention(q, k, v, 1, 0.3))
     assert memory[3].isnan().sum() == 2 * margin * head_dim
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 65, 577])
+def test_kernel_mixes_no_images(tokens):
+    """NaN in one of many images stays there."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(130, tokens, 128, device="cuda").half() for _ in range(3))
+    expected = launch(q, k, v, 2, 0.3)
+    for x in (q, k, v):
+        x[70] = torch.nan
+    actual = launch(q, k, v, 2, 0.3)
+    assert actual[70].isnan().all()
+    others = torch.arange(130, device="cuda") != 70
+    assert torch.equal(actual[others], expected[others])
+
+
+@pytest.mark.gpu
+def test_kernel_keeps_many_scores_beyond_fp16_finite():
+    torch.manual_seed(0)
+    q, k, v = (exact(64, 130, 2 * 64) for _ in range(3))
+    for scale in (0.125, -0.125):
+        kernels.assert_close(launch(q, k, v, 2, scale), encoder_attention(q, k, v, 2, scale))
 
 
 @pytest.mark.gpu

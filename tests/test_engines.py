@@ -294,6 +294,7 @@ CASES = [
         ROWS,
         dict(activation=1),
     ),
+    Case("split_heads", {"x": TOKENS}, {}, {"y": ("batch", 6, "length", 64)}, ROWS, dict(heads=6)),
     Case(
         "cached_self_attention",
         {**dict.fromkeys(("query", "key", "value"), TOKEN), **CACHES, "position": (1,)},

@@ -445,6 +445,7 @@ def plugins_in(model: Any) -> Counter:
     constant = {tensor.name for tensor in model.graph.initializer}
     producer = {output: node for node in model.graph.node for output in node.output}
     types = [node.op_type for node in model.graph.node]
+    outputs = {tensor.name for tensor in model.graph.output}
     found = Counter()
     for node in model.graph.node:
         source = producer.get(node.input[0]) if node.input else None
@@ -459,6 +460,7 @@ def plugins_in(model: Any) -> Counter:
             found[{1: "layer_norm_linear", 3: "layer_norm_qkv"}[projections]] += 1
         if node.op_type == "MatMul" and len(shape := shape_of(model, node.input[0])) == 3:
             found["linear"] += shape[1] != 1 and node.input[1] in constant
+        found["split_heads"] += node.op_type == "Transpose" and node.output[0] in outputs
         found["greedy_choice"] += node.op_type == "ArgMax"
         found["beam_choice"] += node.op_type == "LogSoftmax"
         if node.op_type == "Softmax":

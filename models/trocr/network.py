@@ -418,7 +418,9 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
         },
         tuple({"batch": rows} for rows in timed),
     )
-    prefill = Part("prefill", (encoded,), cross, (batch,), {"linear": 2 * layers}, encoder.time_at)
+    prefill = Part(
+        "prefill", (encoded,), cross, (batch,), {"linear": 2 * layers, "split_heads": 2 * layers}, encoder.time_at
+    )
     integers = {tensor.name: 0 for tensor in state if not tensor.is_float}
     step = Part(
         "step",

@@ -19,6 +19,8 @@ struct Extent {
     int64_t times = 1;
     int64_t over = 1;
 };
+// A size that is the same whatever the inputs are.
+inline Extent constant(int64_t size) { return {-1, 0, size}; }
 
 // The shape of an output: that of an input, or extents.
 struct Shape {

@@ -42,6 +42,10 @@ nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* 
     if (shape.like >= 0) return inputs[shape.like];
     nvinfer1::DimsExprs made{};
     for (const Extent& extent : shape.extents) {
+        if (extent.input < 0) {
+            made.d[made.nbDims++] = builder.constant(extent.times);
+            continue;
+        }
         const nvinfer1::IDimensionExpr* size = inputs[extent.input].d[extent.axis];
         if (extent.times != 1) {
             size = builder.operation(nvinfer1::DimensionOperation::kPROD, *size, *builder.constant(extent.times));

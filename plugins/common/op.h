@@ -21,6 +21,8 @@ struct Extent {
 };
 // A size that is the same whatever the inputs are.
 inline Extent constant(int64_t size) { return {-1, 0, size}; }
+// How many rows an input has: the product of all its sizes but the last.
+inline Extent rows(int32_t input) { return {input, -1}; }
 
 // The shape of an output: that of an input, or extents.
 struct Shape {

@@ -46,7 +46,11 @@ nvinfer1::DimsExprs output_shape(const Shape& shape, const nvinfer1::DimsExprs* 
             made.d[made.nbDims++] = builder.constant(extent.times);
             continue;
         }
-        const nvinfer1::IDimensionExpr* size = inputs[extent.input].d[extent.axis];
+        const nvinfer1::DimsExprs& input = inputs[extent.input];
+        const nvinfer1::IDimensionExpr* size = input.d[extent.axis < 0 ? 0 : extent.axis];
+        for (int32_t axis = 1; extent.axis < 0 && axis < input.nbDims - 1; ++axis) {
+            size = builder.operation(nvinfer1::DimensionOperation::kPROD, *size, *input.d[axis]);
+        }
         if (extent.times != 1) {
             size = builder.operation(nvinfer1::DimensionOperation::kPROD, *size, *builder.constant(extent.times));
         }

@@ -294,6 +294,15 @@ CASES = [
         ROWS,
         dict(activation=1),
     ),
+    Case(
+        "token_embedding",
+        {"sequences": (1, "batch", "length"), "position": (1,)},  # beams of one image
+        {"tokens": [100, 512], "positions": [512, 512]},
+        {"y": TOKEN},
+        ROWS,
+        dict(scale=22.6),
+        order=("tokens", "positions", "sequences", "position"),
+    ),
     Case("split_heads", {"x": TOKENS}, {}, {"y": ("batch", 6, "length", 64)}, ROWS, dict(heads=6)),
     Case(
         "cached_self_attention",

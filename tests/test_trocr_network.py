@@ -460,6 +460,9 @@ def plugins_in(model: Any) -> Counter:
             found[{1: "layer_norm_linear", 3: "layer_norm_qkv"}[projections]] += 1
         if node.op_type == "MatMul" and len(shape := shape_of(model, node.input[0])) == 3:
             found["linear"] += shape[1] != 1 and node.input[1] in constant
+        if node.op_type == "Add" and any(is_row_of_position(producer.get(name)) for name in node.input):
+            readers = [reader.op_type for reader in model.graph.node if node.output[0] in reader.input]
+            found["token_embedding"] += "Where" not in readers
         found["split_heads"] += node.op_type == "Transpose" and node.output[0] in outputs
         found["greedy_choice"] += node.op_type == "ArgMax"
         found["beam_choice"] += node.op_type == "LogSoftmax"
@@ -468,6 +471,10 @@ def plugins_in(model: Any) -> Counter:
             kind = own if source is not None and source.op_type == "Where" else "cross_attention"
             found[kind if "Range" in types else "encoder_attention"] += 1
     return found
+
+
+def is_row_of_position(node: Any) -> bool:
+    return node is not None and node.op_type == "Gather" and node.input[1] == "position"
 
 
 def shape_of(model: Any, name: str) -> list[Any]:

@@ -432,6 +432,7 @@ def parts_of(model: VisionEncoderDecoderModel, generation: Generation) -> list[E
         ),
         (batch, length),
         {
+            "token_embedding": int(config.decoder.use_learned_position_embeddings),
             "residual_layer_norm": 3 * layers,
             "cached_self_attention" if beams == 1 else "beam_self_attention": layers,
             "cross_attention": layers,

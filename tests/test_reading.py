@@ -203,6 +203,8 @@ def test_bad_image_in_a_later_batch(built: Path, lines: list[Path], tmp_path: Pa
 
 
 def test_interrupted(built: Path, lines: list[Path], tmp_path: Path) -> None:
+    for number in range(20 * TROCR.batch_size):  # so that it is not done before the signal comes
+        shutil.copy(lines[0], lines[0].with_name(f"more-{number:03}.png"))
     command = ["infer_trt.py", "trocr", lines[0].parent, "-o", tmp_path / "out.jsonl", "--executor", "onnxruntime"]
     process = subprocess.Popen(
         [sys.executable, *map(str, command), "--build-dir", str(built)],

@@ -49,16 +49,16 @@ def test_pattern_finds_nothing_elsewhere(part):
     assert PLUGIN.pattern.matches(gs.import_onnx(trocr_part(part)[1])) == []
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize(
-    ("options", "count", "scale"),
+    ("options", "count", "scale", "num_beams"),
     [
-        (dict(scale_embedding=True), 1, 8.0),
-        (dict(layernorm_embedding=False, tie_word_embeddings=True), 1, 1.0),
-        (dict(use_learned_position_embeddings=False), 0, None),
-        (dict(use_learned_position_embeddings=False, scale_embedding=True), 0, None),
+        (dict(scale_embedding=True), 1, 8.0, 1),
+        (dict(scale_embedding=True), 1, 8.0, 3),
+        (dict(layernorm_embedding=False, tie_word_embeddings=True), 1, 1.0, 1),
+        (dict(use_learned_position_embeddings=False), 0, None, 1),
+        (dict(use_learned_position_embeddings=False, scale_embedding=True), 0, None, 3),
     ],
-    ids=["scaled", "tied, no norm", "sinusoidal", "sinusoidal, scaled"],
+    ids=["scaled", "scaled, beams", "tied, no norm", "sinusoidal", "sinusoidal, scaled, beams"],
 )
 def test_variants_of_trocr(options, count, scale, num_beams):
     from models.trocr.decoding import Generation

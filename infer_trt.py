@@ -125,6 +125,10 @@ class DeviceArray:
     def row_bytes(self) -> int:
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
+    def rows(self, begin: int, end: int) -> DeviceArray:
+        """A view of rows, which does not keep the memory."""
+        return DeviceArray(self.address + begin * self.row_bytes, (end - begin, *self.shape[1:]), self.dtype)
+
     def to_host(self) -> np.ndarray:
         from pycuda import driver
 
@@ -205,6 +209,7 @@ class TensorRTExecutor:
     LOOK_EVERY = 2  # runs of a loop between two looks at whether it should end; some 1.5 times as many come too late
     WARM_UPS = 5
     PIECE_BYTES = 1 << 20  # of an input on its way to the GPU
+    RUN_BYTES = 16 << 20  # of inputs from the host: what is more, a part takes in several runs
 
     def __init__(self, folder: BuildFolder, precision: str) -> None:
         import pycuda.autoprimaryctx  # noqa: F401  (makes the context)
@@ -213,7 +218,8 @@ class TensorRTExecutor:
         self.tensorrt = find_tensorrt()
         trt = self.tensorrt.module
         step = ("build_engine.py", "--precision", precision)
-        self.cuda, self.stream = cuda, cuda.Stream()
+        self.cuda, self.stream, self.uploads = cuda, cuda.Stream(), cuda.Stream()
+        self.arrived, self.consumed = cuda.Event(), cuda.Event()  # what `uploads` brings, for `stream`
         self.parts = {part.name: part for part in folder.parts()}
         plugins.load_library()
         manifest, here = folder.manifest(), identity(self.tensorrt)
@@ -252,6 +258,9 @@ class TensorRTExecutor:
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> Dict[str, Any]:
         """Waits for the GPU only where there are outputs to bring to the host."""
+        runs = self.divided(part, inputs)
+        if len(runs) > 1:
+            return self.run_divided(part, inputs, runs)
         call, _ = self.uploaded(part, inputs)
         call.launch(self.stream)
         outputs = [tensor.name for tensor in self.parts[part].outputs]
@@ -261,6 +270,49 @@ class TensorRTExecutor:
         if fetched:
             self.stream.synchronize()
         return {name: call.staged[name].copy() if name in fetched else call.arrays[name] for name in outputs}
+
+    def divided(self, part: str, inputs: Mapping[str, Any]) -> List[Tuple[int, int]]:
+        """The rows (first, behind the last) of each run that `inputs` take: more than one run for a large batch that
+        comes from the host and whose results stay on the GPU."""
+        spec = self.parts[part]
+        given = [inputs[tensor.name] for tensor in spec.inputs]
+        batch = given[0].shape[0]
+        if (
+            any(isinstance(value, DeviceArray) for value in given)
+            or not all(tensor.internal for tensor in spec.outputs)
+            or not all(tensor.shape[0] == "batch" for tensor in (*spec.inputs, *spec.outputs))
+        ):
+            return [(0, batch)]
+        runs = -(-sum(value.nbytes for value in given) // self.RUN_BYTES)
+        runs = max(1, min(runs, batch // self.limits(part)["batch"][0]))
+        bounds = [batch * run // runs for run in range(runs + 1)]
+        return list(zip(bounds, bounds[1:]))
+
+    def run_divided(
+        self, part: str, inputs: Mapping[str, np.ndarray], runs: Sequence[Tuple[int, int]]
+    ) -> Dict[str, DeviceArray]:
+        """Rows are computed while the next ones are on their way to the GPU."""
+        spec = self.parts[part]
+        given = {tensor.name: inputs[tensor.name] for tensor in spec.inputs}
+        places = {name: self.place(part, name, value.shape) for name, value in given.items()}
+        sizes = spec.sizes_of({name: value.shape for name, value in given.items()})
+        outputs = {
+            tensor.name: self.output((part, tensor.name, tensor.sizes(sizes)), self.dtypes[part, tensor.name], ())
+            for tensor in spec.outputs
+        }
+        self.uploads.synchronize()  # so that the page-locked memory is free
+        self.uploads.wait_for_event(self.consumed)  # and the places on the GPU
+        for begin, end in runs:
+            for name, (array, staged) in places.items():
+                self.copy_to_gpu(array.rows(begin, end), staged[begin:end], given[name][begin:end], self.uploads)
+            self.arrived.record(self.uploads)
+            self.stream.wait_for_event(self.arrived)
+            rows = {name: array.rows(begin, end) for name, (array, _) in places.items()}
+            self.call(part, rows, into={name: array.rows(begin, end) for name, array in outputs.items()}).launch(
+                self.stream
+            )
+        self.consumed.record(self.stream)
+        return outputs
 
     def synchronize(self) -> None:
         self.stream.synchronize()
@@ -304,12 +356,16 @@ class TensorRTExecutor:
         """An input of a loop, which may overwrite it."""
         if isinstance(value, DeviceArray):
             return value
-        key, dtype = (part, name, value.shape), self.dtypes[part, name]
-        if key not in self.resident:
-            self.resident[key] = DeviceArray.empty(value.shape, dtype), self.cuda.pagelocked_empty(value.shape, dtype)
-        array, staged = self.resident[key]
-        self.copy_to_gpu(array, staged, value)  # the last loop has waited for the GPU
+        array, staged = self.place(part, name, value.shape)
+        self.copy_to_gpu(array, staged, value, self.stream)  # the last loop has waited for the GPU
         return array
+
+    def place(self, part: str, name: str, shape: Tuple[int, ...]) -> Tuple[DeviceArray, np.ndarray]:
+        """An input's own memory on the GPU, and page-locked memory on the way there."""
+        key, dtype = (part, name, shape), self.dtypes[part, name]
+        if key not in self.resident:
+            self.resident[key] = DeviceArray.empty(shape, dtype), self.cuda.pagelocked_empty(shape, dtype)
+        return self.resident[key]
 
     def look(self, flags: DeviceArray, turn: int) -> Tuple[np.ndarray, Any]:
         """Page-locked memory for a copy of the flags, and an event to mark it with: one of two pairs, in turns."""
@@ -377,12 +433,15 @@ class TensorRTExecutor:
         self.upload(call, given)
         return call, given
 
-    def call(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
-        """The call for these inputs; one whose outputs are all `kept` on the GPU, or only the internal ones."""
+    def call(
+        self, part: str, given: Mapping[str, Any], kept: bool = False, into: Mapping[str, DeviceArray] = {}
+    ) -> Call:
+        """The call for these inputs; one whose outputs are all `kept` on the GPU, or only the internal ones, `into` the
+        given arrays where there are such."""
         addresses = (value.address if isinstance(value, DeviceArray) else None for value in given.values())
         key = (part, kept, *addresses, *(value.shape for value in given.values()))
         if key not in self.calls:
-            self.calls[key] = self.prepared(part, given, kept)
+            self.calls[key] = self.prepared(part, given, kept, into)
             if len(self.calls) > self.KEPT_CALLS:
                 self.stream.synchronize()  # it may be running
                 self.calls.popitem(last=False)[1].release()
@@ -393,10 +452,10 @@ class TensorRTExecutor:
         call.uploaded.synchronize()
         for name, value in given.items():
             if not isinstance(value, DeviceArray):
-                self.copy_to_gpu(call.arrays[name], call.staged[name], value)
+                self.copy_to_gpu(call.arrays[name], call.staged[name], value, self.stream)
         call.uploaded.record(self.stream)
 
-    def copy_to_gpu(self, array: DeviceArray, staged: np.ndarray, value: np.ndarray) -> None:
+    def copy_to_gpu(self, array: DeviceArray, staged: np.ndarray, value: np.ndarray, stream: Any) -> None:
         """Queues the copy of a host array by way of `staged`.  Threads bring it there in pieces, each of which is on
         its way to the GPU while they are at the next ones: a batch of images is 56 MB."""
         staged, value = staged.reshape(-1), value.reshape(-1)
@@ -409,9 +468,11 @@ class TensorRTExecutor:
         copied = map(copy, pieces) if len(pieces) == 1 else self.copiers.map(copy, pieces)
         for piece, _ in zip(pieces, copied):
             address = array.address + piece.start * staged.itemsize
-            self.cuda.memcpy_htod_async(address, staged[piece], self.stream)
+            self.cuda.memcpy_htod_async(address, staged[piece], stream)
 
-    def prepared(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
+    def prepared(
+        self, part: str, given: Mapping[str, Any], kept: bool = False, into: Mapping[str, DeviceArray] = {}
+    ) -> Call:
         """A context for inputs of these shapes, with arrays for all that is not yet on the GPU."""
         spec = self.parts[part]
         context = self.tensorrt.context(self.engines[part], int(self.scratch), self.scratch_bytes)
@@ -433,7 +494,9 @@ class TensorRTExecutor:
         taken = {array.address for array in arrays.values()}
         for tensor in spec.outputs:
             shape, dtype = tuple(context.get_tensor_shape(tensor.name)), self.dtypes[part, tensor.name]
-            if tensor.name in self.in_place[part]:
+            if tensor.name in into:
+                arrays[tensor.name] = into[tensor.name]
+            elif tensor.name in self.in_place[part]:
                 arrays[tensor.name] = arrays[self.in_place[part][tensor.name]]
             elif tensor.internal or kept:
                 arrays[tensor.name] = self.output((part, tensor.name, shape), dtype, taken)

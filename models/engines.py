@@ -202,8 +202,10 @@ class SingleNodes(TensorRTExecutor):
     """Runs engines of static shapes, whose images may be channel-last (HWC8) in memory: all inputs and outputs stay on
     the GPU."""
 
-    def prepared(self, part: str, given: Mapping[str, Any], kept: bool = False) -> Call:
-        call = super().prepared(part, given, kept=True)
+    def prepared(
+        self, part: str, given: Mapping[str, Any], kept: bool = False, into: Mapping[str, DeviceArray] = {}
+    ) -> Call:
+        call = super().prepared(part, given, True, into)
         return Series(call.context, call.arrays, call.staged, call.uploaded)
 
     def profile_sizes(self, part: str, profile: int, which: int) -> Dict[str, int]:

@@ -49,35 +49,45 @@ class Memory:
 
 
 class Stream:
-    """Runs nothing before someone waits for it; there is only one.  What is queued while a graph is being captured
-    belongs to the graph."""
+    """Runs nothing before someone waits for it.  What is queued while a graph is captured belongs to the graph."""
 
     recorded: list[Callable[[], object]] | None = None
-    queued: list[Callable[[], object]] = []
-    handle = 1
+    all: list[Stream] = []
 
-    @staticmethod
-    def queue(call: Callable[[], object]) -> None:
-        (Stream.queued if Stream.recorded is None else Stream.recorded).append(call)
+    def __init__(self) -> None:
+        self.queued: list[Callable[[], object]] = []
+        self.handle = len(Stream.all)
+        Stream.all.append(self)
+
+    def queue(self, call: Callable[[], object]) -> None:
+        (self.queued if Stream.recorded is None else Stream.recorded).append(call)
 
     def synchronize(self) -> None:
-        while Stream.queued:
-            Stream.queued.pop(0)()
+        while self.queued:
+            self.queued.pop(0)()
+
+    def wait_for_event(self, event: Event) -> None:
+        self.queue(event.last)
 
 
 class Event:
-    passed = True
+    """Knows how to wait for what it was last recorded behind."""
+
+    def __init__(self) -> None:
+        self.last: Callable[[], None] = lambda: None
 
     def record(self, stream: Stream) -> None:
-        self.passed = False
-        stream.queue(self.passes)
+        passed: list[bool] = []
 
-    def passes(self) -> None:
-        self.passed = True
+        def wait() -> None:
+            while not passed:
+                stream.queued.pop(0)()
+
+        stream.queue(lambda: passed.append(True))
+        self.last = wait
 
     def synchronize(self) -> None:
-        while not self.passed:
-            Stream.queued.pop(0)()
+        self.last()
 
     def time_since(self, other: Event) -> float:
         return 1.0
@@ -108,7 +118,7 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        Stream.queue(self.compute)
+        Stream.all[stream].queue(self.compute)
         return True
 
     def compute(self) -> None:
@@ -173,7 +183,7 @@ def capture_ends(stream: int) -> tuple[int, list[Callable[[], object]]]:
 
 def launch(graph: list[Callable[[], object]], stream: int) -> tuple[int]:
     for call in graph:
-        Stream.queue(call)
+        Stream.all[stream].queue(call)
     return (0,)
 
 
@@ -186,13 +196,14 @@ def to_host(target: np.ndarray, source: Memory) -> None:
 
 
 def to_host_once_ready(target: np.ndarray, source: Memory) -> None:
-    Stream().synchronize()
+    for stream in Stream.all:
+        stream.synchronize()
     to_host(target, source)
 
 
 def queued(call: Callable[..., object]) -> Callable[..., None]:
     """A function that queues `call`; its last argument is the stream."""
-    return lambda *arguments: Stream.queue(partial(call, *arguments[:-1]))
+    return lambda *arguments: arguments[-1].queue(partial(call, *arguments[:-1]))
 
 
 RUNTIME = types.SimpleNamespace(
@@ -248,7 +259,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
     found = TensorRT(tensorrt, "stand-in", builds_without_gpu=False)
     monkeypatch.setattr(infer_trt, "find_tensorrt", lambda: found)
     monkeypatch.setattr(infer_trt, "cuda_runtime", lambda: RUNTIME)
-    monkeypatch.setattr(Stream, "queued", [])
+    monkeypatch.setattr(Stream, "all", [])
     monkeypatch.setattr(TensorRTExecutor, "PIECE_BYTES", 4096)  # images come in several
     monkeypatch.setattr(infer_trt.plugins, "load_library", lambda: None)
     return found
@@ -367,9 +378,23 @@ def test_runs_do_not_wait_for_one_another(executor):
             changing = batch.copy()
             found.append(tested.run("encoder", {"pixel_values": changing})["encoder_hidden"])
             changing[...] = np.nan
-        assert Stream.queued
+        assert any(stream.queued for stream in Stream.all)
         for values, array in list(zip(expected, found))[1:]:  # the third one's output replaces the first one's
             np.testing.assert_array_equal(values, as_numpy(array))
+
+
+def test_large_batches_take_several_runs_that_do_not_overtake_one_another(executor, monkeypatch):
+    tested, random = executor(True), np.random.default_rng(0)
+    batches = [random.uniform(-1, 1, (3, 3, 64, 768)).astype(np.float32) for _ in range(3)]
+    expected = [as_numpy(tested.run("encoder", {"pixel_values": batch})["encoder_hidden"]) for batch in batches]
+    monkeypatch.setattr(tested, "RUN_BYTES", batches[0][:2].nbytes)
+    assert tested.divided("encoder", {"pixel_values": batches[0]}) == [(0, 1), (1, 3)]
+    found = []
+    for count, batch in enumerate(batches, start=1):
+        hidden = tested.run("encoder", {"pixel_values": batch})["encoder_hidden"]
+        found.append(tested.rows(hidden, np.arange(count)))  # each in an array of its own
+    for values, array in zip(expected, found):
+        np.testing.assert_allclose(values[: array.shape[0]], as_numpy(array), atol=1e-2)
 
 
 def test_measured_runs_are_alike(executor):

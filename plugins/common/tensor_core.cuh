@@ -49,6 +49,15 @@ __device__ inline void load_matrices_transposed(uint32_t (&words)[4], const __ha
                  : "memory");
 }
 
+// Stores four 8×8 matrices: the other way round.  From compute capability 9.0 on.
+__device__ inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
 // Stores four 8×8 matrices, transposed: lane l passes the address of what becomes row l % 8 of matrix l / 8, a column
 // of what the lanes have.  From compute capability 9.0 on.
 __device__ inline void store_matrices_transposed(void* row, const uint32_t (&words)[4]) {

@@ -5,8 +5,12 @@
 // and takes one tile of pixels after the other: it normalises them there, each warp 16, and multiplies them by one
 // chunk of outputs after the other, with the next tile on its way.  Where pixels are few there are more slices, so that
 // every multiprocessor has work; each slice normalises the pixels again.
+//
+// Restormer's numbers of channels have a kernel of their own on Hopper, see sm90.cu.
 #include "common/pointwise.cuh"
 #include "norm_pointwise_conv/kernel.cuh"
+#include "norm_pointwise_conv/pixel_norm.cuh"
+#include "norm_pointwise_conv/sm90.cuh"
 
 namespace trt_graft {
 namespace {
@@ -34,79 +38,46 @@ struct Tile {
     static constexpr int kBlocks = STEPS > 12 ? 1 : 2;   // of a multiprocessor, if shared memory has room
 };
 
-__device__ __half2 as_pair(uint32_t word) { return *reinterpret_cast<const __half2*>(&word); }
-
 // The first `count` of a word's two values, and zeros.
 __device__ uint32_t first_of(uint32_t word, int count) { return count >= 2 ? word : count == 1 ? word & 0xffff : 0; }
 
-// Sums of the channels, and of the squares of what deviation() makes of 16 of them, are products on tensor cores.
-// The lane's channels of 16 are 2·pair, 2·pair + 1, and the same plus 8; words are as in a fragment: of pixels `group`,
-// group + 8, then the same with the channels plus 8.
-//
-// `place` is what the lane passes to load_matrices, `target` its first channels of pixel `group`; the factors are pairs
-// of gamma and of beta, zeros behind the last channel.
+// Normalises a warp's pixels where they are: `place` is what the lane passes to load_matrices, `target` its first
+// channels of pixel `group`.  The factors are pairs of gamma and of beta, zeros behind the last channel.
 template <int STEPS, bool WHOLE>
 __device__ void normalise(const __half* place, __half* target, const uint2* factors, int channels, float epsilon,
                           bool subtract_mean) {
     constexpr int kUnrolled = STEPS < 6 ? STEPS : 6;
-    const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-    const float inverse = 1.0f / channels;
-    float sums[2][4] = {};  // two, for shorter chains
+    const int pair = threadIdx.x % 4;
+    PixelNorm norm;
 #pragma unroll kUnrolled
     for (int k = 0; k < STEPS; ++k) {
         uint32_t x[4];
         load_matrices(x, place + k * 16);
-        multiply_add(sums[k % 2], x, kOnes, kOnes);
+        norm.add_sum(x, k);
     }
-    // Halves of the deviations, which FP16 can always hold: x / 2 - half, where `half` is the mean's, rounded.  What
-    // that leaves out, `rest`, is subtracted from them later.
-    __half2 minus[2];
-    float mean[2], rest[2];
-    for (int i = 0; i < 2; ++i) {
-        const float sum = sums[0][2 * i] + sums[1][2 * i], quotient = sum * inverse;
-        mean[i] = fmaf(fmaf(-quotient, channels, sum), inverse, quotient);  // exact, where the values are all the same
-        minus[i] = __float2half2_rn(-0.5f * mean[i]);
-        rest[i] = 0.5f * mean[i] + __low2float(minus[i]);
-    }
+    norm.find_means(channels);
     const auto deviations = [&](uint32_t (&x)[4], int k) {
         load_matrices(x, place + k * 16);
         for (int n = 0; n < 4; ++n) {
-            x[n] = as_word(__hfma2(as_pair(x[n]), __float2half2_rn(0.5f), minus[n % 2]));
-        }
-        if (!WHOLE && (k + 1) * 16 > channels) {
-            for (int n = 0; n < 4; ++n) x[n] = first_of(x[n], channels - k * 16 - n / 2 * 8 - 2 * pair);
+            x[n] = norm.deviation(x[n], n);
+            if (!WHOLE && (k + 1) * 16 > channels) x[n] = first_of(x[n], channels - k * 16 - n / 2 * 8 - 2 * pair);
         }
     };
-    // Products of all pixels: the squares are on the diagonal.
-    float upper[4] = {}, lower[4] = {};
 #pragma unroll kUnrolled
     for (int k = 0; k < STEPS; ++k) {
         uint32_t x[4];
         deviations(x, k);
-        multiply_add(upper, x, x[0], x[2]);
-        multiply_add(lower, x, x[1], x[3]);
+        norm.add_squares(x);
     }
-    const float squares[] = {group % 2 == 0 ? upper[0] : upper[1], group % 2 == 0 ? lower[2] : lower[3]};
-    // A factor of FP16 would be off for all channels alike: `more` is what it lacks.
-    __half2 scale[2], more[2], shift[2];
-    for (int i = 0; i < 2; ++i) {
-        const float sum = __shfl_sync(0xffffffffu, squares[i], group * 4 + group / 2);
-        const float factor = rsqrtf(fmaxf(4 * (sum * inverse - rest[i] * rest[i]), 0.0f) + epsilon);
-        scale[i] = __float2half2_rn(2 * factor);
-        more[i] = __float2half2_rn(2 * factor - __low2float(scale[i]));
-        shift[i] = __float2half2_rn(((subtract_mean ? 0 : mean[i]) - 2 * rest[i]) * factor);
-    }
+    norm.find_scales(epsilon, subtract_mean);
 #pragma unroll kUnrolled
     for (int k = 0; k < STEPS; ++k) {
         uint32_t x[4];
         deviations(x, k);
         __syncwarp();  // other lanes have read what this one is to write
         for (int n = 0; n < 4; ++n) {
-            const __half2 deviation = as_pair(x[n]);
-            const uint2 words = factors[k * 8 + n / 2 * 4 + pair];
-            const __half2 normalised = __hfma2(deviation, scale[n % 2], __hfma2(deviation, more[n % 2], shift[n % 2]));
-            *reinterpret_cast<__half2*>(target + n % 2 * 8 * kRowPitch<STEPS> + k * 16 + n / 2 * 8) =
-                __hfma2(normalised, as_pair(words.x), as_pair(words.y));
+            *reinterpret_cast<uint32_t*>(target + n % 2 * 8 * kRowPitch<STEPS> + k * 16 + n / 2 * 8) =
+                norm.normalised(x[n], n, factors[k * 8 + n / 2 * 4 + pair]);
         }
     }
 }
@@ -357,6 +328,15 @@ cudaError_t launch_norm_pointwise_conv(DataType type, const void* x, const void*
     if (type == DataType::kFloat) return launch_multiply_adds<float>(a, stream);
     if (type != DataType::kHalf) return cudaErrorInvalidValue;
     cudaError_t error = cudaSuccess;
+#ifdef TRT_GRAFT_SM90
+    Gpu gpu;
+    if ((error = find_gpu(gpu))) return error;
+    if (gpu.is_hopper && launch_norm_pointwise_conv_sm90(x, norm_weight, norm_bias, weight, bias, y, pixels, channels,
+                                                         outputs, a.pitch_y, epsilon, a.subtract_mean,
+                                                         gpu.multiprocessors, gpu.shared_bytes, stream, error)) {
+        return error;
+    }
+#endif
     if (channels <= 384 && (channels <= 48    ? launch_tensor_cores<3>(a, stream, error)
                             : channels <= 96  ? launch_tensor_cores<6>(a, stream, error)
                             : channels <= 192 ? launch_tensor_cores<12>(a, stream, error)

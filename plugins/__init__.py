@@ -17,7 +17,7 @@ import ctypes
 import importlib
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
@@ -79,12 +79,17 @@ class Plugin:
         return onnx.parser.parse_function(reference.FUNCTION)
 
 
+@cache
+def folders() -> Tuple[str, ...]:
+    return tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/pattern.py")))
+
+
 def names() -> List[str]:
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/pattern.py"))
+    return list(folders())
 
 
 def find(name: str) -> Plugin:
-    if name not in names():
+    if name not in folders():
         raise Unusable(f"unknown plugin {name!r}: choose from {', '.join(names())}")
     return Plugin(name)
 

@@ -17,7 +17,7 @@ import ctypes
 import importlib
 import os
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Dict, List, Optional, Tuple

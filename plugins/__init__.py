@@ -80,16 +80,16 @@ class Plugin:
 
 
 @cache
-def folders() -> Tuple[str, ...]:
+def _names() -> Tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/pattern.py")))
 
 
 def names() -> List[str]:
-    return list(folders())
+    return list(_names())
 
 
 def find(name: str) -> Plugin:
-    if name not in folders():
+    if name not in _names():
         raise Unusable(f"unknown plugin {name!r}: choose from {', '.join(names())}")
     return Plugin(name)
 

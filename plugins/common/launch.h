@@ -21,4 +21,7 @@ constexpr int64_t pitch(DataType type, int64_t channels) {
     return type == DataType::kHalf ? (channels + 7) / 8 * 8 : channels;
 }
 
+// Whether memory begins at a multiple of 16 bytes, as packs, and what the GPU's copy engine brings, must.
+inline bool on_boundary(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 }  // namespace trt_graft

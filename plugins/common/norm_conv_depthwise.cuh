@@ -321,7 +321,6 @@ class NormConvDepthwise {
         const float2 low = __half22float2(as_pair(words.x)), high = __half22float2(as_pair(words.y));
         return {low.x, low.y, high.x, high.y};
     }
-    static __device__ __half2 as_pair(uint32_t word) { return *reinterpret_cast<const __half2*>(&word); }
 
     // Tensor cores add the channels up: products by ones are sums, and as fragments of pixels are those of the
     // transposed matrix, too, their products by themselves have sums of squares along the diagonal.  A lane gets those

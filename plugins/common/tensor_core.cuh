@@ -49,7 +49,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&words)[4], const __ha
                  : "memory");
 }
 
-// Stores four 8×8 matrices: the other way round.  From compute capability 9.0 on.
+// Stores four 8×8 matrices, from the lanes that load_matrices gives them to.  From compute capability 9.0 on.
 __device__ inline void store_matrices(void* row, const uint32_t (&words)[4]) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -92,5 +92,6 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint3
 }
 
 __device__ inline uint32_t as_word(__half2 pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
+__device__ inline __half2 as_pair(uint32_t word) { return *reinterpret_cast<const __half2*>(&word); }
 
 }  // namespace trt_graft

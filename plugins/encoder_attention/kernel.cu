@@ -399,7 +399,6 @@ cudaError_t launch_encoder_attention(DataType type, const void* q, const void* k
         return cudaErrorInvalidValue;
     }
 #ifdef TRT_GRAFT_SM90
-    const auto on_boundary = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     if (type == DataType::kHalf && head_dim == 64 && on_boundary(k) && on_boundary(v)) {
         Gpu gpu;
         cudaError_t error = find_gpu(gpu);

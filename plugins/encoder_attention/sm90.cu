@@ -11,7 +11,7 @@
 // Compiled for sm_90a alone, in an object of its own.
 #include <cfloat>
 
-#include "common/bulk_copy.cuh"
+#include "common/boxes.cuh"
 #include "common/dependent_launch.cuh"
 #include "common/tensor_core.cuh"
 #include "common/tensor_map.cuh"
@@ -35,16 +35,6 @@ struct AttentionStages {
     alignas(1024) unsigned char boxes[kStages][2][kBoxBytes];  // keys, values
     uint64_t full[kStages], empty[kStages];
 };
-
-// Starts to copy the box at column, row of matrix `image`.
-__device__ inline void copy_box(void* target, const CUtensorMap& matrices, int column, int row, int image,
-                                uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
-            "r"(shared_address(target)),
-        "l"(&matrices), "r"(column), "r"(row), "r"(image), "r"(shared_address(barrier))
-        : "memory");
-}
 
 __device__ inline float exp2_fast(float x) {
     float y;

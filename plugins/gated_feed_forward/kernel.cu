@@ -7,8 +7,7 @@
 // tiles, the hidden channels are cut into slices, one for a block, so that every multiprocessor has work.  Up to 96
 // channels Hopper has a first kernel of its own, see sm90.cu.  The second kernel is pointwise_conv_residual's.
 //
-// Three other plugins' kernels take over for many channels on Hopper, where they are faster, and, a strip of rows at a
-// time, for FP32 and for sizes that are not whole packs of 16 bytes.
+// FP32, and sizes that are not whole packs of 16 bytes, pass three other plugins' kernels, a strip of rows at a time.
 #include "common/gelu.cuh"
 #include "common/norm_conv_depthwise.cuh"
 #include "gated_depthwise_conv/kernel.cuh"
@@ -203,35 +202,6 @@ bool launch_gate_kernel(const Arguments& a, cudaStream_t stream, cudaError_t& er
 
 // ---- Other plugins' kernels -----------------------------------------------------------------------------------------
 
-// From so many channels on, Hopper takes the parts' kernels: limits between sizes measured, docs/restormer-tuning.md.
-constexpr int64_t kPartsChannels = 192, kPartsHidden = 384;
-
-int64_t parts_bytes(int64_t pixels, int64_t hidden) {
-    return pixels * (pitch(DataType::kHalf, 2 * hidden) + pitch(DataType::kHalf, hidden)) * 2;
-}
-
-bool parts_are_faster(const Arguments& a) {
-    Gpu gpu;
-    return a.hidden >= kPartsHidden && a.channels >= kPartsChannels && !find_gpu(gpu) && gpu.is_hopper;
-}
-
-cudaError_t launch_parts(const Arguments& a, cudaStream_t stream) {
-    constexpr auto kType = DataType::kHalf;
-    const int64_t pixels = a.batch * a.height * a.width;
-    auto* const projected = static_cast<__half*>(a.workspace);
-    auto* const gated = projected + pixels * pitch(kType, 2 * a.hidden);
-    cudaError_t error =
-        launch_norm_pointwise_conv(kType, a.x, a.norm_weight, a.norm_bias, a.project_in, a.project_in_bias, projected,
-                                   pixels, a.channels, 2 * a.hidden, a.epsilon, a.subtract_mean, stream);
-    if (!error) {
-        error = launch_gated_depthwise_conv(kType, projected, a.depthwise, a.depthwise_bias, gated, a.batch, a.height,
-                                            a.width, a.hidden, stream);
-    }
-    if (error) return error;
-    return launch_pointwise_conv_residual(kType, gated, a.project_out, a.project_out_bias, a.x, a.y, pixels, a.hidden,
-                                          a.channels, stream);
-}
-
 constexpr int64_t kStrip = 32;  // rows, with one more above and one below
 
 int64_t strip_rows(int64_t height) { return height < kStrip + 2 ? height : kStrip + 2; }
@@ -276,8 +246,7 @@ int64_t gated_feed_forward_workspace_bytes(int64_t batch, int64_t height, int64_
     // of the larger type: FP16 has padding, but half the size
     const int64_t channels = pitch(DataType::kHalf, 2 * hidden) + pitch(DataType::kHalf, hidden);
     const int64_t strips = strip_rows(height) * width * channels * 4;
-    const int64_t whole = hidden < kPartsHidden ? gated : parts_bytes(batch * height * width, hidden);
-    return whole > strips ? whole : strips;
+    return gated > strips ? gated : strips;
 }
 
 cudaError_t launch_gated_feed_forward(DataType type, const void* x, const void* norm_weight, const void* norm_bias,
@@ -292,7 +261,6 @@ cudaError_t launch_gated_feed_forward(DataType type, const void* x, const void* 
         x,           norm_weight,      norm_bias, project_in,   project_in_bias, depthwise, depthwise_bias,
         project_out, project_out_bias, y,         workspace,    batch,           height,    width,
         channels,    hidden,           epsilon,   subtract_mean};
-    if (type == DataType::kHalf && parts_are_faster(a)) return launch_parts(a, stream);
     cudaError_t error = cudaSuccess;
     if (type == DataType::kHalf && launch_gate_kernel(a, stream, error)) {
         if (error) return error;

@@ -180,20 +180,18 @@ cudaError_t launch(const Linear<float>& a, int, cudaStream_t stream) {
     return cudaSuccess;
 }
 
-bool on_boundaries(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 cudaError_t launch(const Linear<__half>& a, int device, cudaStream_t stream) {
     int multiprocessors = 0;
     cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error) return error;
-    const bool aligned = a.inputs % 8 == 0 && on_boundaries(a.x) && on_boundaries(a.weight);
+    const bool aligned = a.inputs % 8 == 0 && on_boundary(a.x) && on_boundary(a.weight);
 #ifdef TRT_GRAFT_CUTLASS
     int major = 0, minor = 0;
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error) return error;
-    if (major == 9 && minor == 0 && aligned && a.inputs > 0 && a.outputs % 8 == 0 && on_boundaries(a.y) &&
-        on_boundaries(a.bias) && a.rows <= INT32_MAX) {
+    if (major == 9 && minor == 0 && aligned && a.inputs > 0 && a.outputs % 8 == 0 && on_boundary(a.y) &&
+        on_boundary(a.bias) && a.rows <= INT32_MAX) {
         return launch_linear_sm90(a.x, a.weight, a.bias, a.y, static_cast<int>(a.rows), a.inputs, a.outputs,
                                   a.activation, multiprocessors, stream);
     }

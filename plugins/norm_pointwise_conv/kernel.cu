@@ -331,9 +331,9 @@ cudaError_t launch_norm_pointwise_conv(DataType type, const void* x, const void*
 #ifdef TRT_GRAFT_SM90
     Gpu gpu;
     if ((error = find_gpu(gpu))) return error;
-    if (gpu.is_hopper && launch_norm_pointwise_conv_sm90(x, norm_weight, norm_bias, weight, bias, y, pixels, channels,
-                                                         outputs, a.pitch_y, epsilon, a.subtract_mean,
-                                                         gpu.multiprocessors, gpu.shared_bytes, stream, error)) {
+    if (gpu.is_hopper &&
+        launch_norm_pointwise_conv_sm90(x, norm_weight, norm_bias, weight, bias, y, pixels, channels, outputs, epsilon,
+                                        a.subtract_mean, gpu.multiprocessors, gpu.shared_bytes, stream, error)) {
         return error;
     }
 #endif

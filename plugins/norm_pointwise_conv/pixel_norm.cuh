@@ -8,8 +8,6 @@
 
 namespace trt_graft {
 
-__device__ inline __half2 as_pair(uint32_t word) { return *reinterpret_cast<const __half2*>(&word); }
-
 // First add_sum of all words; then find_means; then `deviation` of each word and add_squares of those; then
 // find_scales; then `normalised` of each deviation.
 class PixelNorm {

@@ -9,7 +9,7 @@
 //   64          Both have the same pixels, and take turns with the outputs: where pixels are few.
 //
 // Compiled for sm_90a alone, in an object of its own.
-#include "common/bulk_copy.cuh"
+#include "common/boxes.cuh"
 #include "common/dependent_launch.cuh"
 #include "common/pointwise.cuh"
 #include "common/tensor_map.cuh"
@@ -42,20 +42,6 @@ struct Layout {
     static constexpr int bytes(int chunks) { return kWeights + chunks * kChunkBytes; }
 };
 
-// Starts to copy the box at column, row.
-__device__ inline void copy_box(void* target, const CUtensorMap& matrix, int column, int row, uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(target)),
-        "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(barrier))
-        : "memory");
-}
-
-// Where part `part` of 16 bytes is in row `row` of a box, and of a warp's staging.
-__device__ inline int place_in_box(int row, int part) { return row * 128 + (part ^ row % 8) * 16; }
-
-__device__ inline float2 unpacked(uint32_t word) { return __half22float2(*reinterpret_cast<const __half2*>(&word)); }
-
 // The factors are pairs of gamma and of beta.
 template <int STEPS>
 __device__ inline void normalise(uint32_t (&x)[STEPS][4], const uint2* factors, float epsilon, bool subtract_mean) {
@@ -81,10 +67,11 @@ __device__ inline void normalise(uint32_t (&x)[STEPS][4], const uint2* factors, 
 // blockIdx is (slice of `chunks` · 64 outputs, share of the pixels).
 template <int STEPS, int TILES>
 __global__ void __launch_bounds__(kThreads, 1)
-    hopper_kernel(const __grid_constant__ CUtensorMap pixel_boxes, const __grid_constant__ CUtensorMap weight_boxes,
-                  const __half* __restrict__ norm_weight, const __half* __restrict__ norm_bias,
-                  const __half* __restrict__ bias, __half* __restrict__ y, int pixels, int tiles, int outputs,
-                  int pitch_y, float epsilon, bool subtract_mean, int chunks) {
+    norm_and_multiply_kernel(const __grid_constant__ CUtensorMap pixel_boxes,
+                             const __grid_constant__ CUtensorMap weight_boxes, const __half* __restrict__ norm_weight,
+                             const __half* __restrict__ norm_bias, const __half* __restrict__ bias,
+                             __half* __restrict__ y, int pixels, int tiles, int outputs, int pitch_y, float epsilon,
+                             bool subtract_mean, int chunks) {
     using Sizes = Layout<STEPS, TILES>;
     constexpr int kBoxes = Sizes::kBoxes;
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -162,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int n = 0; n < 8; n += 2) {
                 uint32_t words[4];
                 for (int i = 0; i < 4; ++i) {
-                    const float2 terms = unpacked(
-                        *reinterpret_cast<const uint32_t*>(biases + chunk * kChunk + (n + i / 2) * 8 + 2 * pair));
+                    const float2 terms = __half22float2(
+                        *reinterpret_cast<const __half2*>(biases + chunk * kChunk + (n + i / 2) * 8 + 2 * pair));
                     const float* const c = sums[n + i / 2] + i % 2 * 2;
                     words[i] = as_word(__floats2half2_rn(c[0] + terms.x, c[1] + terms.y));
                 }
@@ -215,9 +202,8 @@ Cut best_cut(int64_t pixels, int outputs, int multiprocessors, int shared_bytes)
 
 bool launch_norm_pointwise_conv_sm90(const void* x, const void* norm_weight, const void* norm_bias, const void* weight,
                                      const void* bias, void* y, int64_t pixels, int64_t channels, int64_t outputs,
-                                     int64_t pitch_y, float epsilon, bool subtract_mean, int multiprocessors,
-                                     int shared_bytes, cudaStream_t stream, cudaError_t& error) {
-    const auto on_boundary = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+                                     float epsilon, bool subtract_mean, int multiprocessors, int shared_bytes,
+                                     cudaStream_t stream, cudaError_t& error) {
     EncodeTensorMap encode = nullptr;
     if (pixels > INT32_MAX - 2 * kRows || !on_boundary(x) || !on_boundary(weight) || !on_boundary(y) ||
         find_encode(encode)) {
@@ -231,11 +217,11 @@ bool launch_norm_pointwise_conv_sm90(const void* x, const void* norm_weight, con
             if (!error) error = describe_boxes(encode, weight_boxes, weight, 2, 1, outputs, channels, kChunk);
             if (error) return;
             const auto half = [](const void* pointer) { return static_cast<const __half*>(pointer); };
-            error = launch_dependent(kernel, dim3(cut.slices, cut.blocks), kThreads, bytes, stream, pixel_boxes,
-                                     weight_boxes, half(norm_weight), half(norm_bias), half(bias),
-                                     static_cast<__half*>(y), static_cast<int>(pixels),
-                                     static_cast<int>(ceil_div(pixels, tile_rows)), static_cast<int>(outputs),
-                                     static_cast<int>(pitch_y), epsilon, subtract_mean, cut.chunks);
+            error = launch_dependent(
+                kernel, dim3(cut.slices, cut.blocks), kThreads, bytes, stream, pixel_boxes, weight_boxes,
+                half(norm_weight), half(norm_bias), half(bias), static_cast<__half*>(y), static_cast<int>(pixels),
+                static_cast<int>(ceil_div(pixels, tile_rows)), static_cast<int>(outputs),
+                static_cast<int>(pitch(DataType::kHalf, outputs)), epsilon, subtract_mean, cut.chunks);
         };
         const auto cut_of = [&](auto tiles) {
             return best_cut<STEPS, decltype(tiles)::value>(pixels, static_cast<int>(outputs), multiprocessors,
@@ -244,9 +230,9 @@ bool launch_norm_pointwise_conv_sm90(const void* x, const void* norm_weight, con
         const Cut small = cut_of(Int<1>{}), large = cut_of(Int<2>{});
         if (small.chunks + large.chunks == 0) return false;
         if (small.cycles < large.cycles) {
-            launch_cut(small, hopper_kernel<STEPS, 1>, kRows, Layout<STEPS, 1>::bytes(small.chunks));
+            launch_cut(small, norm_and_multiply_kernel<STEPS, 1>, kRows, Layout<STEPS, 1>::bytes(small.chunks));
         } else {
-            launch_cut(large, hopper_kernel<STEPS, 2>, 2 * kRows, Layout<STEPS, 2>::bytes(large.chunks));
+            launch_cut(large, norm_and_multiply_kernel<STEPS, 2>, 2 * kRows, Layout<STEPS, 2>::bytes(large.chunks));
         }
         return true;
     };

@@ -11,7 +11,7 @@ namespace trt_graft {
 // is what became of it.
 bool launch_norm_pointwise_conv_sm90(const void* x, const void* norm_weight, const void* norm_bias, const void* weight,
                                      const void* bias, void* y, int64_t pixels, int64_t channels, int64_t outputs,
-                                     int64_t pitch_y, float epsilon, bool subtract_mean, int multiprocessors,
-                                     int shared_bytes, cudaStream_t stream, cudaError_t& error);
+                                     float epsilon, bool subtract_mean, int multiprocessors, int shared_bytes,
+                                     cudaStream_t stream, cudaError_t& error);
 
 }  // namespace trt_graft

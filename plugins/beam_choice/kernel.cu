@@ -24,7 +24,7 @@ constexpr int kChunk = kSegments * kSegment;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kKeys = 4;       // of a thread, out of which all together find the best
-constexpr int kStaged = 2048;  // elements of each table that are in shared memory at once
+constexpr int kStaged = 1536;  // elements of each table that are in shared memory at once
 constexpr float kOut = -1e9f;  // what puts a score out of the running
 
 // Σ exp(logit) of some tokens = sum · exp(highest)
@@ -132,36 +132,56 @@ __global__ void __launch_bounds__(kScanThreads)
     scan.masses[blockIdx.x] = mass;
 }
 
+// The place of a key among others, all different: how many are greater.
+__device__ int place_among(const Candidate* all, int count, Candidate key) {
+    int greater = 0;
+    for (int i = 0; i < count; ++i) greater += all[i] > key;
+    return greater;
+}
+
 // found = the `count` greatest of all threads' keys and of `before`, from the greatest to the least, and zeros behind
 // them.  Keys that are not 0 all differ.  `before` is nullptr, or a list that this function has made.
+//
+// Each warp names its greatest, all together at least `count`: what is less than the count-th of these is out, and
+// little is left whose place must be found.
 __device__ void find_best(const Candidate (&keys)[kKeys], int count, const Candidate* before, Candidate* found) {
-    __shared__ Candidate lists[kWarps][kMaxCandidates];  // of the warps
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Candidate floor = before == nullptr ? 0 : before[count - 1];
+    static_assert(kMaxCandidates % kWarps == 0 && kMaxCandidates <= kThreads);
+    __shared__ Candidate named[kMaxCandidates], left[kKeys * kThreads + kMaxCandidates], least;
+    __shared__ int left_count;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, each = (count + kWarps - 1) / kWarps;
     Candidate own = 0;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) own = max(own, keys[i]);
-    for (int r = 0; r < count; ++r) {
-        Candidate best = warp_max(own);
-        if (best <= floor) best = 0;
-        if (lane == 0) lists[warp][r] = best;
-        if (best == 0) break;
+    for (int r = 0; r < each; ++r) {
+        const Candidate best = warp_max(own);
+        if (lane == 0) named[warp * each + r] = best;
         if (own == best) {  // then the next of this lane's
             own = 0;
 #pragma unroll
             for (int i = 0; i < kKeys; ++i) own = max(own, keys[i] < best ? keys[i] : 0);
         }
     }
+    if (thread < count) found[thread] = 0;
+    if (thread == 0) {
+        least = 0;
+        left_count = 0;
+    }
     __syncthreads();
-    if (warp == 0) {
-        const Candidate* list = lane < kWarps ? lists[lane] : lane == kWarps ? before : nullptr;
-        Candidate head = list == nullptr ? 0 : list[0];
-        int at = 0;
-        for (int r = 0; r < count; ++r) {
-            const Candidate best = warp_max(head);
-            if (lane == 0) found[r] = best;
-            if (head == best && best > 0) head = ++at < count ? list[at] : 0;
-        }
+    if (thread < kWarps * each && named[thread] > 0 &&
+        place_among(named, kWarps * each, named[thread]) == count - 1) {
+        least = named[thread];
+    }
+    __syncthreads();
+    const auto keep = [&](Candidate key) {  // in any order
+        if (key > 0 && key >= least) left[atomicAdd(&left_count, 1)] = key;
+    };
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) keep(keys[i]);
+    if (before != nullptr && thread < count) keep(before[thread]);
+    __syncthreads();
+    for (int i = thread; i < left_count; i += kThreads) {
+        const int place = place_among(left, left_count, left[i]);
+        if (place < count) found[place] = left[i];
     }
     __syncthreads();
 }
@@ -216,11 +236,14 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int row = warp; row < beams; row += kWarps) {
         const Mass* masses = scan.masses + (first + row) * scan.chunks;
-        float highest = -FLT_MAX, sum = 0;
-        for (int c = lane; c < scan.chunks; c += 32) highest = fmaxf(highest, masses[c].highest);
-        highest = warp_max(highest);
-        for (int c = lane; c < scan.chunks; c += 32) sum += masses[c].sum * expf(masses[c].highest - highest);
-        sum = warp_sum(sum);
+        Mass own{-FLT_MAX, 0};
+        for (int c = lane; c < scan.chunks; c += 32) {
+            const Mass other = masses[c];
+            const float higher = fmaxf(own.highest, other.highest);
+            own = {higher, own.sum * expf(own.highest - higher) + other.sum * expf(other.highest - higher)};
+        }
+        const float highest = warp_max(own.highest);
+        const float sum = warp_sum(own.sum * expf(own.highest - highest));
         if (lane == 0) {
             row_highest[row] = forced_token >= 0 ? 0 : highest;
             row_log_sum[row] = forced_token >= 0 ? 0 : logf(sum);
@@ -298,18 +321,13 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (thread < beams) ratings[thread] = candidate(old_ratings[thread], thread);
     __syncthreads();
-    const auto rank = [](const Candidate* all, int count, int mine) {
-        int greater = 0;
-        for (int i = 0; i < count; ++i) greater += all[i] > all[mine];
-        return greater;
-    };
     if (thread < kept) {
-        const int place = rank(going_on, kept, thread);
+        const int place = place_among(going_on, kept, going_on[thread]);
         if (place < beams) chosen[place] = thread;
     }
     const int rival = thread - kThreads / 2;
     if (rival >= 0 && rival < beams + kept) {
-        const int place = rank(ratings, beams + kept, rival);
+        const int place = place_among(ratings, beams + kept, ratings[rival]);
         if (place < beams) ranking[place] = rival;
     }
     __syncthreads();

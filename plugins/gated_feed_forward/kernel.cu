@@ -7,7 +7,10 @@
 // tiles, the hidden channels are cut into slices, one for a block, so that every multiprocessor has work.  Up to 96
 // channels Hopper has a first kernel of its own, see sm90.cu.  The second kernel is pointwise_conv_residual's.
 //
-// FP32, and sizes that are not whole packs of 16 bytes, pass three other plugins' kernels, a strip of rows at a time.
+// Three other plugins' kernels take over for many channels on Hopper, where they are faster, and, a strip of rows at a
+// time, for FP32 and for sizes that are not whole packs of 16 bytes.
+#include <algorithm>
+
 #include "common/gelu.cuh"
 #include "common/norm_conv_depthwise.cuh"
 #include "gated_depthwise_conv/kernel.cuh"
@@ -202,36 +205,69 @@ bool launch_gate_kernel(const Arguments& a, cudaStream_t stream, cudaError_t& er
 
 // ---- Other plugins' kernels -----------------------------------------------------------------------------------------
 
-constexpr int64_t kStrip = 32;  // rows, with one more above and one below
+// Rows `origin` … of all images' as one: the first `skipped` of them, and those behind `kept` more, only surround what
+// is made.  Several images are whole ones.
+struct Piece {
+    int64_t origin, rows, skipped, kept, images;
+};
 
-int64_t strip_rows(int64_t height) { return height < kStrip + 2 ? height : kStrip + 2; }
-
-// A strip at a time: project_in's result, and the gated one behind it, of its rows and those around them.
-cudaError_t launch_strips(DataType type, const Arguments& a, cudaStream_t stream) {
+// project_in's result is left in the workspace, and what is gated behind it.
+cudaError_t launch_piece(DataType type, const Arguments& a, const Piece& piece, cudaStream_t stream) {
     const int64_t size = type == DataType::kHalf ? 2 : 4;
     const int64_t row_x = a.width * pitch(type, a.channels) * size;
     const int64_t row_projected = a.width * pitch(type, 2 * a.hidden) * size;
     const int64_t row_gated = a.width * pitch(type, a.hidden) * size;
-    auto *const projected = static_cast<char*>(a.workspace), *const gated =
-                                                                 projected + strip_rows(a.height) * row_projected;
+    auto* const projected = static_cast<char*>(a.workspace);
+    char* const gated = projected + piece.images * piece.rows * row_projected;
+    const char* const x = static_cast<const char*>(a.x) + piece.origin * row_x;
+    cudaError_t error = launch_norm_pointwise_conv(
+        type, x, a.norm_weight, a.norm_bias, a.project_in, a.project_in_bias, projected,
+        piece.images * piece.rows * a.width, a.channels, 2 * a.hidden, a.epsilon, a.subtract_mean, stream);
+    if (error) return error;
+    error = launch_gated_depthwise_conv(type, projected, a.depthwise, a.depthwise_bias, gated, piece.images, piece.rows,
+                                        a.width, a.hidden, stream);
+    if (error) return error;
+    return launch_pointwise_conv_residual(
+        type, gated + piece.skipped * row_gated, a.project_out, a.project_out_bias, x + piece.skipped * row_x,
+        static_cast<char*>(a.y) + (piece.origin + piece.skipped) * row_x, piece.images * piece.kept * a.width, a.hidden,
+        a.channels, stream);
+}
+
+// From so many hidden channels on, Hopper takes these kernels: between sizes measured, see docs/restormer-tuning.md.
+constexpr int64_t kPartsHidden = 384;
+constexpr int64_t kPartsPixels = 1 << 20;  // of the images at a time, unless one alone has more
+
+bool parts_are_faster(const Arguments& a) {
+    Gpu gpu;
+    return a.hidden >= kPartsHidden && !find_gpu(gpu) && gpu.is_hopper;
+}
+
+int64_t images_at_once(int64_t batch, int64_t pixels) {
+    return std::max<int64_t>(1, std::min(batch, kPartsPixels / pixels));
+}
+
+cudaError_t launch_images(const Arguments& a, cudaStream_t stream) {
+    const int64_t at_once = images_at_once(a.batch, a.height * a.width);
+    for (int64_t image = 0; image < a.batch; image += at_once) {
+        const int64_t images = std::min(at_once, a.batch - image);
+        const cudaError_t error =
+            launch_piece(DataType::kHalf, a, {image * a.height, a.height, 0, a.height, images}, stream);
+        if (error) return error;
+    }
+    return cudaSuccess;
+}
+
+constexpr int64_t kStrip = 32;  // rows, with one more above and one below
+
+int64_t strip_rows(int64_t height) { return std::min(height, kStrip + 2); }
+
+cudaError_t launch_strips(DataType type, const Arguments& a, cudaStream_t stream) {
     for (int64_t image = 0; image < a.batch; ++image) {
         for (int64_t first = 0; first < a.height; first += kStrip) {
-            const int64_t end = first + kStrip < a.height ? first + kStrip : a.height;
+            const int64_t end = std::min(first + kStrip, a.height);
             const int64_t above = first > 0 ? first - 1 : 0, below = end < a.height ? end + 1 : end;
-            const int64_t rows = below - above, origin = image * a.height;
-            cudaError_t error = launch_norm_pointwise_conv(
-                type, static_cast<const char*>(a.x) + (origin + above) * row_x, a.norm_weight, a.norm_bias,
-                a.project_in, a.project_in_bias, projected, rows * a.width, a.channels, 2 * a.hidden, a.epsilon,
-                a.subtract_mean, stream);
-            if (error) return error;
-            error = launch_gated_depthwise_conv(type, projected, a.depthwise, a.depthwise_bias, gated, 1, rows, a.width,
-                                                a.hidden, stream);
-            if (error) return error;
-            error = launch_pointwise_conv_residual(type, gated + (first - above) * row_gated, a.project_out,
-                                                   a.project_out_bias,
-                                                   static_cast<const char*>(a.x) + (origin + first) * row_x,
-                                                   static_cast<char*>(a.y) + (origin + first) * row_x,
-                                                   (end - first) * a.width, a.hidden, a.channels, stream);
+            const Piece strip = {image * a.height + above, below - above, first - above, end - first, 1};
+            const cudaError_t error = launch_piece(type, a, strip, stream);
             if (error) return error;
         }
     }
@@ -242,11 +278,13 @@ cudaError_t launch_strips(DataType type, const Arguments& a, cudaStream_t stream
 
 int64_t gated_feed_forward_workspace_bytes(int64_t batch, int64_t height, int64_t width, int64_t hidden) {
     if (batch == 0) return 0;
-    const int64_t gated = batch * height * width * pitch(DataType::kHalf, hidden) * 2;
+    const int64_t pixels = height * width, gated = batch * pixels * pitch(DataType::kHalf, hidden) * 2;
     // of the larger type: FP16 has padding, but half the size
     const int64_t channels = pitch(DataType::kHalf, 2 * hidden) + pitch(DataType::kHalf, hidden);
     const int64_t strips = strip_rows(height) * width * channels * 4;
-    return gated > strips ? gated : strips;
+    const int64_t most = std::max(pixels, std::min(batch * pixels, kPartsPixels));
+    const int64_t images = hidden < kPartsHidden ? 0 : most * channels * 2;
+    return std::max({gated, strips, images});
 }
 
 cudaError_t launch_gated_feed_forward(DataType type, const void* x, const void* norm_weight, const void* norm_bias,
@@ -261,6 +299,7 @@ cudaError_t launch_gated_feed_forward(DataType type, const void* x, const void* 
         x,           norm_weight,      norm_bias, project_in,   project_in_bias, depthwise, depthwise_bias,
         project_out, project_out_bias, y,         workspace,    batch,           height,    width,
         channels,    hidden,           epsilon,   subtract_mean};
+    if (type == DataType::kHalf && parts_are_faster(a)) return launch_images(a, stream);
     cudaError_t error = cudaSuccess;
     if (type == DataType::kHalf && launch_gate_kernel(a, stream, error)) {
         if (error) return error;

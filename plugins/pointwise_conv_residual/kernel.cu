@@ -1,8 +1,9 @@
 // 1 × 1 convolution and the residual connection behind it.
 //
 // Floor: x and residual are read once, y is written once; 2·channels·outputs operations for each pixel weigh as much
-// from 192 outputs on.  FP16 goes through tensor cores, see tensor_core.cuh.
+// from 192 outputs on.  FP16 goes through tensor cores, see tensor_core.cuh; few pixels on Hopper, see sm90.cu.
 #include "pointwise_conv_residual/kernel.cuh"
+#include "pointwise_conv_residual/sm90.cuh"
 #include "pointwise_conv_residual/tensor_core.cuh"
 
 namespace trt_graft {
@@ -66,6 +67,9 @@ cudaError_t launch_pointwise_conv_residual(DataType type, const void* x, const v
     Gpu gpu;
     if (const cudaError_t error = find_gpu(gpu)) return error;
     cudaError_t error = cudaSuccess;
+#ifdef TRT_GRAFT_SM90
+    if (gpu.is_hopper && launch_pointwise_conv_residual_sm90(a, gpu, stream, error)) return error;
+#endif
     if (launch_residual_kernel(a, 1, GivenWeights{}, gpu, stream, error)) return error;
     return launch_multiply_adds<__half>(a, stream);  // more channels than shared memory holds
 }

@@ -146,7 +146,11 @@ __global__ void __launch_bounds__(ROWS * COLUMNS * PARTS * 32,
     if constexpr (WEIGHTS::kPerImage) {
         __pipeline_wait_prior(STAGES - 1);
         __syncthreads();
-        weights_of.template make<Tile::kOutputs, STEPS, Tile::kWarps>(weights, channels);
+        weights_of.template make<Tile::kOutputs, Tile::kWarps>(
+            [&](int output, int channel) {
+                return weights + channel / Tile::kDepth * Tile::kOutputHalves + output * kPitch + channel % Tile::kDepth;
+            },
+            channels);
     }
 
     // Of residual, a lane has columns 2·pair and 2·pair + 1 of each tile, as they are in sums: they are multiplied by

@@ -14,7 +14,9 @@
 #include "pointwise_conv_residual/tensor_core.cuh"
 #include "transposed_attention/gram.cuh"
 #include "transposed_attention/kernel.cuh"
+#include "transposed_attention_residual/folded_weights.cuh"
 #include "transposed_attention_residual/kernel.cuh"
+#include "transposed_attention_residual/sm90.cuh"
 
 namespace trt_graft {
 namespace {
@@ -26,88 +28,6 @@ template <int WIDTH>
 struct Columns {
     using Element = __half;
     static __device__ int place(int row, int column) { return column * WIDTH + row; }
-};
-
-// weight · attention, per image.
-//
-// A warp multiplies the weights of 16 outputs, where they are in shared memory, by a head's attention and leaves there
-// what it gets.  The product of 16 rows of attention takes them in such an order that a lane has four neighbours.
-struct FoldedWeights {
-    static constexpr bool kPerImage = true;
-    const __half* attention;   // (images, heads, column, row)
-    int head_channels, width;  // of the `width` columns and rows, those that exist
-
-    template <int OUTPUTS, int STEPS, int WARPS>
-    __device__ void make(__half* weights, int channels) const {
-        if (width == 48) {
-            fold<OUTPUTS, STEPS, WARPS, 48>(weights, channels);
-        } else if (width == 96) {
-            fold<OUTPUTS, STEPS, WARPS, 96>(weights, channels);
-        } else {
-            fold<OUTPUTS, STEPS, WARPS, kMaxChannels>(weights, channels);
-        }
-    }
-
-  private:
-    template <int OUTPUTS, int STEPS, int WARPS, int WIDTH>
-    __device__ void fold(__half* weights, int channels) const {
-        // Of attention, 16 · kDepth rows and 8 · kTiles columns are on their way at once.
-        constexpr int kDepth = WIDTH == 48 ? 3 : 2, kRounds = WIDTH / 16 / kDepth, kTiles = 6;
-        const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4, heads = channels / head_channels;
-        const auto at = [&](int output, int channel) {
-            constexpr int kSlice = STEPS * 16;
-            return weights + (channel / kSlice * OUTPUTS + output) * kRowPitch<STEPS> + channel % kSlice;
-        };
-#pragma unroll 1
-        for (int task = threadIdx.x / 32; task < heads * (OUTPUTS / 16); task += WARPS) {
-            const int head = task % heads, output = task / heads * 16 + group, origin = head * head_channels;
-            const __half* const columns = attention + (int64_t{blockIdx.z} * heads + head) * WIDTH * WIDTH;
-            uint2 a[kRounds * kDepth][2];
-#pragma unroll
-            for (int k = 0; k < kRounds * kDepth; ++k) {
-                const int row = k * 16 + 4 * pair;
-                for (int i = 0; i < 2; ++i) {
-                    a[k][i] =
-                        row < head_channels ? *reinterpret_cast<uint2*>(at(output + 8 * i, origin + row)) : uint2{};
-                }
-            }
-            __syncwarp();
-#pragma unroll 1
-            for (int begin = 0; begin < head_channels; begin += kTiles * 8) {
-                float c[kTiles][4] = {};
-#pragma unroll
-                for (int round = 0; round < kRounds; ++round) {
-                    if (round * kDepth * 16 >= head_channels) break;
-                    uint2 b[kDepth][kTiles];
-#pragma unroll
-                    for (int i = 0; i < kDepth; ++i) {
-                        const int row = (round * kDepth + i) * 16 + 4 * pair;
-                        for (int n = 0; n < kTiles; ++n) {
-                            const int column = begin + 8 * n + group;
-                            b[i][n] = row < head_channels && column < head_channels
-                                          ? __ldg(reinterpret_cast<const uint2*>(columns + column * WIDTH + row))
-                                          : uint2{};
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < kDepth; ++i) {
-                        const auto& words = a[round * kDepth + i];
-                        for (int n = 0; n < kTiles; ++n) {
-                            multiply_add(c[n], {words[0].x, words[1].x, words[0].y, words[1].y}, b[i][n].x, b[i][n].y);
-                        }
-                    }
-                }
-                for (int n = 0; n < kTiles; ++n) {
-                    const int column = begin + 8 * n + 2 * pair;
-                    if (column >= head_channels) continue;
-                    for (int i = 0; i < 2; ++i) {
-                        *reinterpret_cast<__half2*>(at(output + 8 * i, origin + column)) =
-                            __floats2half2_rn(c[n][2 * i], c[n][2 * i + 1]);
-                    }
-                }
-            }
-        }
-    }
 };
 
 // ---- FP32 multiply-adds ---------------------------------------------------------------------------------------------
@@ -191,8 +111,11 @@ struct Call {
         });
         cudaError_t error = cudaGetLastError();
         if (error) return error;
-        launch_residual_kernel(a, batch, FoldedWeights{attention, head_channels, padded(head_channels)}, gpu, stream,
-                               error);
+        const FoldedWeights weights = {attention, head_channels, padded(head_channels)};
+#ifdef TRT_GRAFT_SM90
+        if (gpu.is_hopper && launch_folded_residual_sm90(a, batch, weights, gpu, stream, error)) return error;
+#endif
+        launch_residual_kernel(a, batch, weights, gpu, stream, error);
         return error;
     }
 

@@ -167,8 +167,7 @@ __device__ void find_best(const Candidate (&keys)[kKeys], int count, const Candi
         left_count = 0;
     }
     __syncthreads();
-    if (thread < kWarps * each && named[thread] > 0 &&
-        place_among(named, kWarps * each, named[thread]) == count - 1) {
+    if (thread < kWarps * each && named[thread] > 0 && place_among(named, kWarps * each, named[thread]) == count - 1) {
         least = named[thread];
     }
     __syncthreads();

@@ -28,9 +28,9 @@ inline cudaError_t find_encode(EncodeTensorMap& encode) {
 }
 
 // Boxes of 64 columns × box_rows rows of `count` FP16 matrices (rows, columns), one behind the other, of which a row
-// begins `pitch` values behind the one before, or where that ends; zeros where a matrix ends.  Copies give column and row, of three dimensions the matrix as well.  In shared memory, where a box
-// begins at a multiple of 1024 bytes, a row is 128 bytes, whose 16-byte parts have another order in each of eight rows:
-// part i of row r is at place i ^ (r % 8).
+// begins `pitch` values behind the one before, or where that ends; zeros where a matrix ends.  Copies give column and
+// row, of three dimensions the matrix as well.  In shared memory, where a box begins at a multiple of 1024 bytes, a row
+// is 128 bytes, whose 16-byte parts have another order in each of eight rows: part i of row r is at place i ^ (r % 8).
 inline cudaError_t describe_boxes(EncodeTensorMap encode, CUtensorMap& map, const void* matrices, int dimensions,
                                   int64_t count, int64_t rows, int64_t columns, int box_rows, int64_t pitch = 0) {
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),

@@ -220,17 +220,17 @@ cudaError_t launch_piece(DataType type, const Arguments& a, const Piece& piece, 
     auto* const projected = static_cast<char*>(a.workspace);
     char* const gated = projected + piece.images * piece.rows * row_projected;
     const char* const x = static_cast<const char*>(a.x) + piece.origin * row_x;
-    cudaError_t error = launch_norm_pointwise_conv(
-        type, x, a.norm_weight, a.norm_bias, a.project_in, a.project_in_bias, projected,
-        piece.images * piece.rows * a.width, a.channels, 2 * a.hidden, a.epsilon, a.subtract_mean, stream);
+    cudaError_t error = launch_norm_pointwise_conv(type, x, a.norm_weight, a.norm_bias, a.project_in, a.project_in_bias,
+                                                   projected, piece.images * piece.rows * a.width, a.channels,
+                                                   2 * a.hidden, a.epsilon, a.subtract_mean, stream);
     if (error) return error;
     error = launch_gated_depthwise_conv(type, projected, a.depthwise, a.depthwise_bias, gated, piece.images, piece.rows,
                                         a.width, a.hidden, stream);
     if (error) return error;
-    return launch_pointwise_conv_residual(
-        type, gated + piece.skipped * row_gated, a.project_out, a.project_out_bias, x + piece.skipped * row_x,
-        static_cast<char*>(a.y) + (piece.origin + piece.skipped) * row_x, piece.images * piece.kept * a.width, a.hidden,
-        a.channels, stream);
+    return launch_pointwise_conv_residual(type, gated + piece.skipped * row_gated, a.project_out, a.project_out_bias,
+                                          x + piece.skipped * row_x,
+                                          static_cast<char*>(a.y) + (piece.origin + piece.skipped) * row_x,
+                                          piece.images * piece.kept * a.width, a.hidden, a.channels, stream);
 }
 
 // From so many hidden channels on, Hopper takes these kernels: between sizes measured, see docs/restormer-tuning.md.

@@ -1,6 +1,5 @@
 // Compiled for sm_90a alone, in an object of its own.
 #include "pointwise_conv_residual/sm90.cuh"
-
 #include "pointwise_conv_residual/stream_sm90.cuh"
 
 namespace trt_graft {
@@ -10,13 +9,13 @@ bool launch_pointwise_conv_residual_sm90(const PointwiseArguments& a, const Gpu&
     constexpr GivenWeights kWeights;
     switch (a.channels) {
         case 128:
-            return launch_residual_stream<1, 2, 6, 2>(a, 1, kWeights, gpu, stream, error);
+            return launch_residual_stream<1, 2, 48, 2>(a, 1, kWeights, gpu, stream, error);
         case 256:
-            return launch_residual_stream<1, 4, 12, 2>(a, 1, kWeights, gpu, stream, error);
+            return launch_residual_stream<1, 4, 96, 2>(a, 1, kWeights, gpu, stream, error);
         case 512:
-            return launch_residual_stream<2, 4, 12, 2>(a, 1, kWeights, gpu, stream, error);
+            return launch_residual_stream<2, 4, 96, 2>(a, 1, kWeights, gpu, stream, error);
         case 1024:
-            return launch_residual_stream<4, 4, 6, 3>(a, 1, kWeights, gpu, stream, error);
+            return launch_residual_stream<4, 4, 48, 3>(a, 1, kWeights, gpu, stream, error);
         default:
             return false;
     }

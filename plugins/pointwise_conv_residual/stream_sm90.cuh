@@ -24,37 +24,39 @@
 
 namespace trt_graft {
 
-// CHUNKS times BOXES times 64 channels, TILES times 8 outputs; STAGES chunks of pixels are on their way.
-template <int CHUNKS, int BOXES, int TILES, int STAGES, typename WEIGHTS>
+// CHUNKS times BOXES times 64 channels; STAGES chunks of pixels are on their way.
+template <int CHUNKS, int BOXES, int OUTPUTS, int STAGES, typename WEIGHTS>
 struct Stream {
+    using Weights = WEIGHTS;
+    static constexpr int kChunks = CHUNKS, kBoxes = BOXES, kOutputs = OUTPUTS, kStages = STAGES;
     static constexpr int kGroups = 2, kGroupThreads = 128, kThreads = kGroups * kGroupThreads;
     static constexpr int kRows = 64, kColumns = 64, kStep = 16;  // of a box, and the columns of a product
-    static constexpr int kOutputs = TILES * 8;
-    static constexpr int kHalf = TILES / kGroups;  // tiles that a group adds up
-    static constexpr int kPitch = kOutputs + 8;    // so that eight pixels' packs are in banks of their own
-    static constexpr int kPacks = kRows * kOutputs / 8, kOwnPacks = ceil_div(kPacks, kThreads);
-    static_assert(TILES % kGroups == 0);
+    static constexpr int kFragments = OUTPUTS / 8, kHalf = kFragments / kGroups;  // a group adds up half of them
+    static constexpr int kPitch = OUTPUTS + 8;  // so that eight pixels' packs are in banks of their own
+    static constexpr int kPacks = kRows * OUTPUTS / 8, kOwnPacks = ceil_div(kPacks, kThreads);
+    static_assert(OUTPUTS % (8 * kGroups) == 0);
 
     struct Shared {
-        alignas(1024) unsigned char weights[CHUNKS][BOXES][kOutputs * kColumns * 2];
+        alignas(1024) unsigned char weights[CHUNKS][BOXES][OUTPUTS * kColumns * 2];
         alignas(1024) unsigned char pixels[STAGES][BOXES][kRows * kColumns * 2];
         float4 handed[kHalf][kThreads];  // from one group to the other
         alignas(16) __half results[2][kRows][kPitch];
         uint64_t weights_there, pixels_there[STAGES];
     };
-    // Blocks of a multiprocessor, whose registers are to suffice for as many as it has room for: it takes 1 KB for each.
-    static constexpr int kRoom = (228 << 10) / (sizeof(Shared) + 1024), kMost = TILES > 6 || WEIGHTS::kPerImage ? 2 : 3;
+    // Blocks of a multiprocessor, as many as it has shared memory for, of which each takes 1 KB more, and registers.
+    static constexpr int kRoom = (228 << 10) / (sizeof(Shared) + 1024);
+    static constexpr int kMost = OUTPUTS > 48 || WEIGHTS::kPerImage ? 2 : 3;
     static constexpr int kBlocks = kRoom < kMost ? kRoom : kMost;
 };
 
 // blockIdx is (outputs, share of the tiles, image).
-template <int CHUNKS, int BOXES, int TILES, int STAGES, typename WEIGHTS>
-__global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>::kThreads, Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>::kBlocks)
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     residual_stream_kernel(const __grid_constant__ CUtensorMap pixel_boxes,
                            const __grid_constant__ CUtensorMap weight_boxes, const __half* __restrict__ bias,
                            const __half* residual, __half* y, int pixels, int channels, int outputs,
-                           WEIGHTS weights_of) {
-    using S = Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>;
+                           typename S::Weights weights_of) {
+    constexpr int kChunks = S::kChunks, kBoxes = S::kBoxes, kStages = S::kStages;
     extern __shared__ __align__(1024) unsigned char bytes[];
     auto& shared = *reinterpret_cast<typename S::Shared*>(bytes);
     allow_dependents();
@@ -66,8 +68,8 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
         for (auto& barrier : shared.pixels_there) prepare_barrier(&barrier, 1);
         publish_barriers();
         begin_phase(&shared.weights_there, sizeof(shared.weights));
-        for (int box = 0; box < CHUNKS * BOXES; ++box) {
-            copy_box(shared.weights[box / BOXES][box % BOXES], weight_boxes, box * S::kColumns, first_output,
+        for (int box = 0; box < kChunks * kBoxes; ++box) {
+            copy_box(shared.weights[box / kBoxes][box % kBoxes], weight_boxes, box * S::kColumns, first_output,
                      &shared.weights_there);
         }
     }
@@ -76,11 +78,11 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
     // The block's chunks are numbered through all of its tiles.
     const int first_tile = static_cast<int>(blockIdx.y);
     const auto fetch_pixels = [&](int chunk) {
-        const int tile = first_tile + chunk / CHUNKS * tile_step, stage = chunk % STAGES;
+        const int tile = first_tile + chunk / kChunks * tile_step, stage = chunk % kStages;
         if (tile >= tiles) return;
         begin_phase(&shared.pixels_there[stage], sizeof(shared.pixels[stage]));
-        for (int box = 0; box < BOXES; ++box) {
-            copy_box(shared.pixels[stage][box], pixel_boxes, (chunk % CHUNKS * BOXES + box) * S::kColumns,
+        for (int box = 0; box < kBoxes; ++box) {
+            copy_box(shared.pixels[stage][box], pixel_boxes, (chunk % kChunks * kBoxes + box) * S::kColumns,
                      tile * S::kRows, image, &shared.pixels_there[stage]);
         }
     };
@@ -101,11 +103,11 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
     };
     wait_for_previous();
     if (thread == 0) {
-        for (int chunk = 0; chunk < STAGES; ++chunk) fetch_pixels(chunk);
+        for (int chunk = 0; chunk < kStages; ++chunk) fetch_pixels(chunk);
     }
     for (int buffer = 0; buffer < 2; ++buffer) fetch_residual(first_tile + buffer * tile_step, buffer);
 
-    // What the group adds up: of tiles own … own + kHalf − 1, two neighbouring outputs of pixels `row` and row + 8.
+    // What the group adds up: of fragments own … own + kHalf − 1, two neighbouring outputs of pixels `row` and row + 8.
     const int group_of_warps = thread / S::kGroupThreads, lane = thread % 32, pair = lane % 4;
     const int own = group_of_warps * S::kHalf, row = thread % S::kGroupThreads / 32 * 16 + lane / 4;
     __half2 terms[S::kHalf];
@@ -114,11 +116,11 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
     }
 
     wait_for_phase(&shared.weights_there, 0);
-    if constexpr (WEIGHTS::kPerImage) {
+    if constexpr (S::Weights::kPerImage) {
         weights_of.template make<S::kOutputs, S::kThreads / 32>(
             [&](int output, int channel) {
                 const int number = channel / S::kColumns;
-                unsigned char* const box = shared.weights[number / BOXES][number % BOXES];
+                unsigned char* const box = shared.weights[number / kBoxes][number % kBoxes];
                 return reinterpret_cast<__half*>(box + place_in_box(output, channel % S::kColumns / 8)) + channel % 8;
             },
             channels);
@@ -129,13 +131,13 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
     int chunk = 0;
 #pragma unroll 1
     for (int tile = first_tile, buffer = 0; tile < tiles; tile += tile_step, buffer ^= 1) {
-        float sums[TILES][4];
+        float sums[S::kFragments][4];
 #pragma unroll
-        for (int part = 0; part < CHUNKS; ++part, ++chunk) {
-            const int stage = chunk % STAGES;
-            wait_for_phase(&shared.pixels_there[stage], chunk / STAGES % 2);
+        for (int part = 0; part < kChunks; ++part, ++chunk) {
+            const int stage = chunk % kStages;
+            wait_for_phase(&shared.pixels_there[stage], chunk / kStages % 2);
             begin_products();
-            for (int box = 0; box < BOXES; ++box) {
+            for (int box = 0; box < kBoxes; ++box) {
                 for (int step = 0; step < S::kColumns / S::kStep / S::kGroups; ++step) {
                     const int column = group_of_warps * (S::kColumns / S::kGroups) + step * S::kStep;
                     multiply_boxes(sums, shared.pixels[stage][box], shared.weights[part][box], column,
@@ -144,9 +146,9 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
             }
             end_products();
             wait_for_product(sums);
-            if (part + 1 < CHUNKS) {
+            if (part + 1 < kChunks) {
                 __syncthreads();  // nobody reads the chunk any more
-                if (thread == 0) fetch_pixels(chunk + STAGES);
+                if (thread == 0) fetch_pixels(chunk + kStages);
             }
         }
 
@@ -164,14 +166,14 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
         }
         __pipeline_wait_prior(1);
         __syncthreads();  // the residual is there, and nobody reads the pixels any more
-        if (thread == 0) fetch_pixels(chunk - 1 + STAGES);
+        if (thread == 0) fetch_pixels(chunk - 1 + kStages);
         for (int i = 0; i < S::kHalf; ++i) {
             const float4 part = shared.handed[i][thread ^ S::kGroupThreads];
             const float others[] = {part.x, part.y, part.z, part.w};
             const float2 term = __half22float2(terms[i]);
             for (int half = 0; half < 2; ++half) {
-                auto* const result = reinterpret_cast<__half2*>(
-                    &shared.results[buffer][row + 8 * half][(own + i) * 8 + 2 * pair]);
+                auto* const result =
+                    reinterpret_cast<__half2*>(&shared.results[buffer][row + 8 * half][(own + i) * 8 + 2 * pair]);
                 const float2 more = __half22float2(*result);
                 *result = __floats2half2_rn(sums[i][2 * half] + others[2 * half] + term.x + more.x,
                                             sums[i][2 * half + 1] + others[2 * half + 1] + term.y + more.y);
@@ -187,10 +189,10 @@ __global__ void __launch_bounds__(Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>:
 
 // Launches the kernel for `images` images; false, and nothing launched, if it does not take the sizes, or where the
 // driver lacks what is needed.
-template <int CHUNKS, int BOXES, int TILES, int STAGES, typename WEIGHTS>
+template <int CHUNKS, int BOXES, int OUTPUTS, int STAGES, typename WEIGHTS>
 bool launch_residual_stream(const PointwiseArguments& a, int64_t images, const WEIGHTS& weights, const Gpu& gpu,
                             cudaStream_t stream, cudaError_t& error) {
-    using S = Stream<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>;
+    using S = Stream<CHUNKS, BOXES, OUTPUTS, STAGES, WEIGHTS>;
     constexpr int kBytes = sizeof(typename S::Shared);
     EncodeTensorMap encode = nullptr;
     if (!on_boundary(a.x) || !on_boundary(a.weight) || !on_boundary(a.residual) || !on_boundary(a.y) ||
@@ -206,10 +208,9 @@ bool launch_residual_stream(const PointwiseArguments& a, int64_t images, const W
     const int64_t slices = a.outputs / S::kOutputs, tiles = ceil_div(a.pixels, S::kRows);
     const int64_t shares = std::clamp<int64_t>(S::kBlocks * gpu.multiprocessors / (slices * images), 1, tiles);
     const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(shares), static_cast<unsigned>(images));
-    error = launch_dependent(residual_stream_kernel<CHUNKS, BOXES, TILES, STAGES, WEIGHTS>, grid, S::kThreads, kBytes, stream,
-                             pixel_boxes, weight_boxes, static_cast<const __half*>(a.bias),
-                             static_cast<const __half*>(a.residual), static_cast<__half*>(a.y),
-                             static_cast<int>(a.pixels), a.channels, a.outputs, weights);
+    error = launch_dependent(residual_stream_kernel<S>, grid, S::kThreads, kBytes, stream, pixel_boxes, weight_boxes,
+                             static_cast<const __half*>(a.bias), static_cast<const __half*>(a.residual),
+                             static_cast<__half*>(a.y), static_cast<int>(a.pixels), a.channels, a.outputs, weights);
     return true;
 }
 

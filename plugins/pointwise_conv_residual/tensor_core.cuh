@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(ROWS * COLUMNS * PARTS * 32,
         __syncthreads();
         weights_of.template make<Tile::kOutputs, Tile::kWarps>(
             [&](int output, int channel) {
-                return weights + channel / Tile::kDepth * Tile::kOutputHalves + output * kPitch + channel % Tile::kDepth;
+                return weights + channel / Tile::kDepth * Tile::kOutputHalves + output * kPitch +
+                       channel % Tile::kDepth;
             },
             channels);
     }

@@ -1,7 +1,6 @@
 // Compiled for sm_90a alone, in an object of its own.
-#include "transposed_attention_residual/sm90.cuh"
-
 #include "pointwise_conv_residual/stream_sm90.cuh"
+#include "transposed_attention_residual/sm90.cuh"
 
 namespace trt_graft {
 
@@ -9,13 +8,13 @@ bool launch_folded_residual_sm90(const PointwiseArguments& a, int64_t images, co
                                  const Gpu& gpu, cudaStream_t stream, cudaError_t& error) {
     switch (a.channels) {
         case 48:
-            return launch_residual_stream<1, 1, 6, 2>(a, images, weights, gpu, stream, error);
+            return launch_residual_stream<1, 1, 48, 2>(a, images, weights, gpu, stream, error);
         case 96:
-            return launch_residual_stream<1, 2, 12, 2>(a, images, weights, gpu, stream, error);
+            return launch_residual_stream<1, 2, 96, 2>(a, images, weights, gpu, stream, error);
         case 192:
-            return launch_residual_stream<1, 3, 6, 2>(a, images, weights, gpu, stream, error);
+            return launch_residual_stream<1, 3, 48, 2>(a, images, weights, gpu, stream, error);
         case 384:
-            return launch_residual_stream<1, 6, 6, 1>(a, images, weights, gpu, stream, error);
+            return launch_residual_stream<1, 6, 48, 1>(a, images, weights, gpu, stream, error);
         default:
             return false;
     }

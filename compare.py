@@ -573,7 +573,8 @@ def compare(
         (shared / "task.pickle").write_bytes(pickle.dumps(task, protocol=4))
         reference: Optional[Measurement] = None
         for label in labels:
-            print(f"running {label} …", flush=True)
+            compiles = kind_and_precision(label)[0] == "torch.compile"
+            print(f"running {label} …{' it compiles for minutes, at each size again' if compiles else ''}", flush=True)
             source = baseline if baseline and label.endswith(BASELINE) else folder
             python = trt if kind_and_precision(label)[0] == "tensorrt" else sys.executable
             problem = run_worker(source, label, shared, python, len(samples) * task.passes)

@@ -574,7 +574,8 @@ def compare(
         reference: Optional[Measurement] = None
         for label in labels:
             compiles = kind_and_precision(label)[0] == "torch.compile"
-            print(f"running {label} …{' it compiles for minutes, at each size again' if compiles else ''}", flush=True)
+            hint = " (it compiles for each size, minutes for large models)" if compiles else ""
+            print(f"running {label} …{hint}", flush=True)
             source = baseline if baseline and label.endswith(BASELINE) else folder
             python = trt if kind_and_precision(label)[0] == "tensorrt" else sys.executable
             problem = run_worker(source, label, shared, python, len(samples) * task.passes)

@@ -118,8 +118,8 @@ __device__ inline void multiply_by_columns(float (&c)[8][4], const uint32_t (&a)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(describe_box(rows)));
 }
 
-// c (64 × 8·TILES) = a · bᵀ, or more of it if `add`: a is 64 rows of a box, b 8·TILES rows of another one, of both 16
-// columns from `column` on.
+// c (64 × 48) = a · bᵀ, or more of it if `add`: a is 64 rows of a box, b 48 rows of another one, of both 16 columns
+// from `column` on.
 __device__ inline void multiply_boxes(float (&c)[6][4], const void* a, const void* b, int column, bool add) {
     asm volatile(
         "{\n"
@@ -136,6 +136,7 @@ __device__ inline void multiply_boxes(float (&c)[6][4], const void* a, const voi
         : "l"(describe_box(a) + column * 2 / 16), "l"(describe_box(b) + column * 2 / 16), "r"(int{add}));
 }
 
+// c (64 × 96), likewise: b is 96 rows.
 __device__ inline void multiply_boxes(float (&c)[12][4], const void* a, const void* b, int column, bool add) {
     asm volatile(
         "{\n"

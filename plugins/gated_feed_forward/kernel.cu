@@ -205,8 +205,8 @@ bool launch_gate_kernel(const Arguments& a, cudaStream_t stream, cudaError_t& er
 
 // ---- Other plugins' kernels -----------------------------------------------------------------------------------------
 
-// Rows `origin` … of all images' as one: the first `skipped` of them, and those behind `kept` more, only surround what
-// is made.  Several images are whole ones.
+// Rows `origin` … of all images, one behind the other: the first `skipped`, and those behind `kept` more, only surround
+// what is made.  Several images are whole ones.
 struct Piece {
     int64_t origin, rows, skipped, kept, images;
 };
@@ -235,26 +235,10 @@ cudaError_t launch_piece(DataType type, const Arguments& a, const Piece& piece, 
 
 // From so many hidden channels on, Hopper takes these kernels: between sizes measured, see docs/restormer-tuning.md.
 constexpr int64_t kPartsHidden = 384;
-constexpr int64_t kPartsPixels = 1 << 20;  // of the images at a time, unless one alone has more
 
 bool parts_are_faster(const Arguments& a) {
     Gpu gpu;
     return a.hidden >= kPartsHidden && !find_gpu(gpu) && gpu.is_hopper;
-}
-
-int64_t images_at_once(int64_t batch, int64_t pixels) {
-    return std::max<int64_t>(1, std::min(batch, kPartsPixels / pixels));
-}
-
-cudaError_t launch_images(const Arguments& a, cudaStream_t stream) {
-    const int64_t at_once = images_at_once(a.batch, a.height * a.width);
-    for (int64_t image = 0; image < a.batch; image += at_once) {
-        const int64_t images = std::min(at_once, a.batch - image);
-        const cudaError_t error =
-            launch_piece(DataType::kHalf, a, {image * a.height, a.height, 0, a.height, images}, stream);
-        if (error) return error;
-    }
-    return cudaSuccess;
 }
 
 constexpr int64_t kStrip = 32;  // rows, with one more above and one below
@@ -278,12 +262,11 @@ cudaError_t launch_strips(DataType type, const Arguments& a, cudaStream_t stream
 
 int64_t gated_feed_forward_workspace_bytes(int64_t batch, int64_t height, int64_t width, int64_t hidden) {
     if (batch == 0) return 0;
-    const int64_t pixels = height * width, gated = batch * pixels * pitch(DataType::kHalf, hidden) * 2;
+    const int64_t pixels = batch * height * width, gated = pixels * pitch(DataType::kHalf, hidden) * 2;
     // of the larger type: FP16 has padding, but half the size
     const int64_t channels = pitch(DataType::kHalf, 2 * hidden) + pitch(DataType::kHalf, hidden);
     const int64_t strips = strip_rows(height) * width * channels * 4;
-    const int64_t most = std::max(pixels, std::min(batch * pixels, kPartsPixels));
-    const int64_t images = hidden < kPartsHidden ? 0 : most * channels * 2;
+    const int64_t images = hidden < kPartsHidden ? 0 : pixels * channels * 2;
     return std::max({gated, strips, images});
 }
 
@@ -299,7 +282,9 @@ cudaError_t launch_gated_feed_forward(DataType type, const void* x, const void* 
         x,           norm_weight,      norm_bias, project_in,   project_in_bias, depthwise, depthwise_bias,
         project_out, project_out_bias, y,         workspace,    batch,           height,    width,
         channels,    hidden,           epsilon,   subtract_mean};
-    if (type == DataType::kHalf && parts_are_faster(a)) return launch_images(a, stream);
+    if (type == DataType::kHalf && parts_are_faster(a)) {
+        return launch_piece(type, a, {0, height, 0, height, batch}, stream);
+    }
     cudaError_t error = cudaSuccess;
     if (type == DataType::kHalf && launch_gate_kernel(a, stream, error)) {
         if (error) return error;

@@ -183,8 +183,7 @@ class NormalisedTile {
     const Norm norm_;
 };
 
-// ---- Convolutions
-// ----------------------------------------------------------------------------------------------------
+// ---- Convolutions ---------------------------------------------------------------------------------------------------
 
 // The 1 × 1 convolution's weights of a warp's 16 outputs, for each 16 channels, and their biases.
 template <int STEPS>
@@ -283,8 +282,7 @@ __device__ inline void round_outputs(const float (&c)[kLaneWords][4], __half2 (&
     }
 }
 
-// ---- Kernel
-// ----------------------------------------------------------------------------------------------------------
+// ---- Kernel ---------------------------------------------------------------------------------------------------------
 
 // Which of the image's tiles and hidden channels a block takes.
 struct Share {

@@ -1,7 +1,7 @@
 // 1 × 1 convolution and the residual connection behind it.
 //
 // Floor: x and residual are read once, y is written once; 2·channels·outputs operations for each pixel weigh as much
-// from 192 outputs on.  FP16 goes through tensor cores, see tensor_core.cuh; few pixels on Hopper, see sm90.cu.
+// from 192 outputs on.  FP16 goes through tensor cores, see tensor_core.cuh and, for Hopper, stream_sm90.cuh.
 #include "pointwise_conv_residual/kernel.cuh"
 #include "pointwise_conv_residual/sm90.cuh"
 #include "pointwise_conv_residual/tensor_core.cuh"

@@ -2,7 +2,6 @@
 // CMakeLists.txt.
 #pragma once
 
-#include "common/pointwise.cuh"
 #include "pointwise_conv_residual/tensor_core.cuh"
 
 namespace trt_graft {

@@ -6,9 +6,10 @@
 //   folded = weight · attention,   y = residual + folded · v + bias
 //
 // What the heads make of v never goes to memory.  There are three kernels: gram and softmax, see
-// transposed_attention/gram.cuh, and the convolution on v, see pointwise_conv_residual/tensor_core.cuh.  Its blocks
-// keep their weights in shared memory for all of their pixels anyway.  Here each one multiplies them there, on tensor
-// cores, once it has copied them: a tile of `folded` costs less than another kernel would.
+// transposed_attention/gram.cuh, and the convolution on v, see pointwise_conv_residual/tensor_core.cuh and, for Hopper,
+// stream_sm90.cuh beside it.  Its blocks keep their weights in shared memory for all of their pixels anyway.  Here each
+// one multiplies them there, on tensor cores, once it has copied them: a tile of `folded` costs less than another
+// kernel would.
 //
 // FP32, and heads that are not whole packs of 16 bytes, leave `folded` in memory and multiply on the ordinary units.
 #include "pointwise_conv_residual/tensor_core.cuh"

@@ -67,6 +67,13 @@ __device__ inline void expect_copies(uint64_t* barrier, int bytes) {
 
 __device__ inline void wait_for_copies(uint64_t* barrier) { wait_for_phase(barrier, 0); }
 
+// Makes what this thread has stored in shared memory visible to copies out of it and to wgmma, behind the next barrier.
+__device__ inline void publish_to_async() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Starts to copy a multiple of 16 bytes between multiples of 16.
 __device__ inline void copy_bulk(void* target, const void* source, int bytes, uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900

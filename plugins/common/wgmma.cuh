@@ -11,18 +11,26 @@
 
 namespace trt_graft {
 
+// A value that all lanes of a warp have alike.  So the compiler knows it, too, and keeps what follows from it, as
+// descriptors do, in uniform registers, where wgmma wants them.
+__device__ inline int alike(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // Finds the second factor: columns of packs of 16 bytes, 8 values that follow each other along the sum.  Eight columns'
 // packs are neighbours, 128 bytes; `next_pack` bytes on are those of the next 8 values, and `next_columns` bytes on
 // those of the next 8 columns.  (Matrix descriptor without swizzling, K-major: PTX ISA, 9.7.15.5.1.)
-struct Packs {
-    uint32_t address, next_pack, next_columns;
-
-    __device__ Packs moved(uint32_t bytes) const { return {address + bytes, next_pack, next_columns}; }
-    __device__ uint64_t descriptor() const {
-        uint64_t bits;
-        asm("mov.b64 %0, {%1, %2};" : "=l"(bits) : "r"(address >> 4 | next_pack >> 4 << 16), "r"(next_columns >> 4));
-        return bits;
+class Packs {
+  public:
+    __device__ Packs(uint32_t address, uint32_t next_pack, uint32_t next_columns)
+        : low_(address / 16 + (next_pack / 16 << 16)), high_(next_columns / 16) {}
+    __device__ Packs moved(uint32_t bytes) const {
+        Packs packs = *this;
+        packs.low_ += bytes / 16;
+        return packs;
     }
+    __device__ uint64_t descriptor() const { return uint64_t{high_} << 32 | low_; }
+
+  private:
+    uint32_t low_, high_;
 };
 
 // Before the first of several products: registers that they use have been written or read.
@@ -47,17 +55,14 @@ __device__ inline void start_product(float (&c)[5][4], const uint32_t (&a)[4], c
 
 __device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits for all products that have been ended, of which `c` is one.
-template <int TILES>
+// Waits for all products that have been ended but the last `LATER` ones; `c` is one of them.
+template <int LATER = 0, int TILES>
 __device__ void wait_for_product(float (&c)[TILES][4]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
     for (auto& tile : c) {  // read behind that
         asm volatile("" : "+f"(tile[0]), "+f"(tile[1]), "+f"(tile[2]), "+f"(tile[3])::"memory");
     }
 }
-
-// Makes what this thread has stored in shared memory visible to wgmma, behind the next barrier.
-__device__ inline void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Boxes, as copies bring them: see tensor_map.cuh ----------------------------------------------------------------
 

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     for (int buffer = 0; buffer < 2; ++buffer) fetch_residual(first_tile + buffer * tile_step, buffer);
 
     // What the group adds up: of fragments own … own + kHalf − 1, two neighbouring outputs of pixels `row` and row + 8.
-    const int group_of_warps = thread / S::kGroupThreads, lane = thread % 32, pair = lane % 4;
+    const int group_of_warps = alike(thread / S::kGroupThreads), lane = thread % 32, pair = lane % 4;
     const int own = group_of_warps * S::kHalf, row = thread % S::kGroupThreads / 32 * 16 + lane / 4;
     __half2 terms[S::kHalf];
     for (int i = 0; i < S::kHalf; ++i) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
                 return reinterpret_cast<__half*>(box + place_in_box(output, channel % S::kColumns / 8)) + channel % 8;
             },
             channels);
-        publish_to_wgmma();
+        publish_to_async();
         __syncthreads();
     }
 

@@ -10,18 +10,23 @@
 //              such that these are ten neighbours.
 //   depthwise  in registers, on pairs of neighbours in FP16: what lies left and right of them the lane has, or a lane
 //              beside it; the rows above are sums that go from row to row.
-//   gate       in registers, too.  Then a row of 8 channels passes shared memory on its way out, to become 16 bytes of
-//              each pixel.
+//   gate       in registers, too.  Then a row of 8 channels passes shared memory and leaves as a box, 16 bytes of each
+//              pixel.
 //
-// While a warp convolves a row, wgmma multiplies the next one.  Nothing but the normalised pixels is in shared memory,
+// While a warp convolves a row, wgmma multiplies the next one.  Little but the normalised pixels is in shared memory,
 // and warpgroups do not wait for each other.  What limits it are instructions: see docs/restormer-tuning.md.
 //
 // Another channel, of ones, is multiplied by the bias.  Outside of the image it is zero, as all channels are there: z
 // is zero, too, as the depthwise convolution wants it.
 //
 // Where an image has few tiles, blocks divide the hidden channels between them, and each normalises the tile again.
+#include <algorithm>
+
+#include "common/boxes.cuh"
 #include "common/gelu.cuh"
+#include "common/pixel_norm.cuh"
 #include "common/pointwise.cuh"
+#include "common/tensor_map.cuh"
 #include "common/wgmma.cuh"
 #include "gated_feed_forward/sm90.cuh"
 
@@ -32,86 +37,27 @@ constexpr int kColumns = 38;   // of a tile
 constexpr int kPixels = 40;    // of a row, with one on each side
 constexpr int kLaneWords = 5;  // of a row: pairs of neighbouring pixels that a lane has of an output
 constexpr int kChunk = 32;     // hidden channels that a warpgroup takes at a time
-constexpr int kGroups = 4;     // warpgroups of a block, as many as there are registers for
-constexpr int kThreads = kGroups * 128;
-constexpr int kStageBytes = kPixels * 16;  // of a warp's gated channels of a row
+
+// There are registers for four warpgroups of a multiprocessor.  Where a tile is small enough, these are two blocks, so
+// that one multiplies while the other fetches its pixels.
+template <int STEPS>
+struct Block {
+    static constexpr int kBlocks = STEPS <= 3 ? 2 : 1;  // of a multiprocessor
+    static constexpr int kGroups = 4 / kBlocks, kThreads = kGroups * 128, kWarps = kThreads / 32;
+};
+
+// A warp's gated channels of a row.  The first of the pixels that are stored lies on a boundary of 128 bytes, as copies
+// want it.
+constexpr int kStageBytes = 768, kStageFirst = 128;
+static_assert(kStageFirst + (kPixels - 1) * 16 <= kStageBytes);
 
 // ---- Normalisation --------------------------------------------------------------------------------------------------
 
-// Of a pixel's channels, up to STEPS · 16, by some lanes of a warp that have three packs of 16 bytes each.  Statistics
-// are FP32.
-template <int STEPS>
-class PixelNorm {
-  public:
-    static constexpr int kPacks = 3;                   // of a lane
-    static constexpr int kLanes = 2 * STEPS / kPacks;  // of a pixel
-    static_assert(2 * STEPS % kPacks == 0 && 32 % kLanes == 0);
-
-    // Which of the pixel's packs is the lane's pack i.
-    static __device__ int pack(int i) { return threadIdx.x % kLanes + i * kLanes; }
-
-    // Fetches the weights: constants, that is, which need no wait_for_previous.  `channels` is a multiple of 8.
-    __device__ PixelNorm(const __half* weight, const __half* bias, int channels, float epsilon, bool subtract_mean)
-        : channels_(channels), epsilon_(epsilon), subtract_mean_(subtract_mean) {
-        load(weight, true, gamma_);
-        load(bias, true, beta_);
-    }
-
-    // The lane's packs of a pixel, or zeros if it does not exist.
-    __device__ void load(const __half* pixel, bool exists, uint4 (&x)[kPacks]) const {
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-            x[i] = exists && pack(i) * 8 < channels_ ? __ldg(reinterpret_cast<const uint4*>(pixel) + pack(i)) : uint4{};
-        }
-    }
-
-    // All lanes of the warp; beyond the channels, zeros.
-    __device__ void normalise(uint4 (&x)[kPacks]) const {
-        float values[kPacks][8], sum = 0, squares = 0;
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-            unpack(x[i], values[i]);
-            for (float value : values[i]) sum += value;
-        }
-        const float mean = sum_of_pixel(sum) / channels_;
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-            const bool exists = pack(i) * 8 < channels_;
-            for (float& value : values[i]) {
-                value -= mean;
-                if (exists) squares = fmaf(value, value, squares);
-            }
-        }
-        const float scale = rsqrtf(sum_of_pixel(squares) / channels_ + epsilon_);
-        const float offset = subtract_mean_ ? 0 : mean * scale;
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-            auto* const pairs = reinterpret_cast<__half2*>(&x[i]);
-            for (int n = 0; n < 4; ++n) {
-                const __half2 normal =
-                    __floats2half2_rn(fmaf(values[i][2 * n], scale, offset), fmaf(values[i][2 * n + 1], scale, offset));
-                pairs[n] = __hfma2(normal, reinterpret_cast<const __half2*>(&gamma_[i])[n],
-                                   reinterpret_cast<const __half2*>(&beta_[i])[n]);
-            }
-        }
-    }
-
-  private:
-    static __device__ float sum_of_pixel(float x) {
-        for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-        return x;
-    }
-
-    const int channels_;
-    const float epsilon_;
-    const bool subtract_mean_;
-    uint4 gamma_[kPacks], beta_[kPacks];
-};
-
 // The normalised pixels of a tile and those around it, up to STEPS · 16 channels.
 //
-// A row's pixels are columns of wgmma's second factor.  Tile j = 0 … 4 of the product gives a lane of number `pair` its
-// columns 2·pair and 2·pair + 1: these are pixels 10·pair + 2·j and the next one.
+// A row's pixels are columns of wgmma's second factor, in groups of eight.  Group j = 0 … 4 of the product gives a lane
+// of number `pair` its columns 2·pair and 2·pair + 1: these are pixels 10·pair + 2·j and the next one.  A warp fetches
+// two groups at a time, normalises them as fragments, and puts them back.
 template <int STEPS>
 class NormalisedTile {
   public:
@@ -119,68 +65,144 @@ class NormalisedTile {
     // quarter of a warp stores at once lies in different banks.
     static constexpr int kPackBytes = (kPixels + 2) * 16;
     static constexpr int kRowBytes = (2 * STEPS + 1) * kPackBytes;
+    static constexpr int kFactorBytes = STEPS * 8 * sizeof(uint2);
 
-    __device__ NormalisedTile(void* shared, const NormConvDepthwiseArguments& arguments)
+    // Of `rows` rows, with this pixel as the first one; it may reach beyond the image.  All threads of the block; a
+    // barrier must follow.
+    __device__ NormalisedTile(unsigned char* shared, const NormConvDepthwiseArguments& arguments, int64_t image,
+                              int row, int column, int rows)
         : a_(arguments),
-          bytes_(static_cast<char*>(shared)),
-          norm_(a_.norm_weight, a_.norm_bias, a_.channels, a_.epsilon, a_.subtract_mean) {}
-
-    // Normalises the tile of `rows` rows whose first pixel this is, and what is around it; it may reach beyond the
-    // image.  All threads of the block; a barrier must follow.
-    __device__ void fill(int64_t image, int row, int column, int rows) const {
-        constexpr int kStep = kThreads / Norm::kLanes;  // pixels that the block takes at a time
-        constexpr int kAtOnce = 4;                      // that a thread loads at a time
-        const int pixels = (rows + 2) * kPixels, of_warp = threadIdx.x % 32 / Norm::kLanes;
-        const auto inside = [&](int pixel) {
-            const int y = row - 1 + pixel / kPixels, x = column - 1 + pixel % kPixels;
-            return y >= 0 && y < a_.height && x >= 0 && x < a_.width;
+          factors_(reinterpret_cast<uint2*>(shared)),
+          pixels_(shared + kFactorBytes),
+          row_(row),
+          column_(column),
+          groups_((rows + 2) * kRowGroups),
+          image_(a_.x + image * a_.height * a_.width * a_.channels) {
+        const int channel = threadIdx.x * 2;
+        if (channel >= STEPS * 16) return;
+        const auto word = [&](const __half* values) {
+            return channel < a_.channels ? __ldg(reinterpret_cast<const uint32_t*>(values + channel)) : 0u;
         };
+        factors_[threadIdx.x] = {word(a_.norm_weight), word(a_.norm_bias)};
+    }
+
+    // Starts to fetch the pixels: zeros beyond the image.
+    __device__ void fetch() const {
+        constexpr int kLanes = 2 * STEPS / 3;  // of a pixel, with three packs each
+        static_assert(STEPS % 3 == 0 && 32 % kLanes == 0);
+        const int lane = threadIdx.x % 32, first_pack = lane % kLanes;
 #pragma unroll 1
-        for (int begin = threadIdx.x / 32 * 32 / Norm::kLanes; begin < pixels; begin += kAtOnce * kStep) {
-            uint4 x[kAtOnce][Norm::kPacks];
+        for (int pair = threadIdx.x / 32 * 2; pair < groups_; pair += Block<STEPS>::kWarps * 2) {
 #pragma unroll
-            for (int n = 0; n < kAtOnce; ++n) {
-                const int pixel = begin + n * kStep + of_warp;
-                const int64_t y = image * a_.height + row - 1 + pixel / kPixels;
-                norm_.load(a_.x + (y * a_.width + column - 1 + pixel % kPixels) * a_.channels,
-                           pixel < pixels && inside(pixel), x[n]);
-            }
+            for (int first = 0; first < 16; first += 32 / kLanes) {
+                const int of_pair = first + lane / kLanes;
+                const int group = pair + of_pair / 8;
+                if (group >= groups_) continue;
+                const Pixel pixel = pixel_of(group, of_pair % 8);
+                const bool inside = is_inside(pixel);
+                const __half* const source =
+                    inside ? image_ + (int64_t{pixel.y} * a_.width + pixel.x) * a_.channels : a_.x;
+                unsigned char* const target = place(group, of_pair % 8, first_pack);
 #pragma unroll
-            for (int n = 0; n < kAtOnce; ++n) {
-                if (begin + n * kStep >= pixels) break;
-                const int pixel = begin + n * kStep + of_warp;
-                norm_.normalise(x[n]);
-                if (pixel < pixels) store(x[n], pixel / kPixels, pixel % kPixels, inside(pixel));
+                for (int i = 0; i < 3; ++i) {
+                    const bool exists = inside && (first_pack + i * kLanes) * 8 < a_.channels;
+                    copy_or_clear(reinterpret_cast<__half*>(target + i * kLanes * kPackBytes),
+                                  source + (exists ? (first_pack + i * kLanes) * 8 : 0), exists);
+                }
             }
         }
-        publish_to_wgmma();
+    }
+
+    // Then normalises them, each warp those that it has fetched, behind a barrier.  Another one must follow.
+    __device__ void normalise() const {
+        const int lane = threadIdx.x % 32;
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+#pragma unroll 1
+        for (int pair = threadIdx.x / 32 * 2; pair < groups_; pair += Block<STEPS>::kWarps * 2) {
+            // The lane's row of four matrices: groups 0 and 1 with channels 0 … 7, then with 8 … 15.
+            const int group = min(pair + lane / 8 % 2, groups_ - 1);
+            unsigned char* const matrices = place(group, lane % 8, lane / 16);
+            uint32_t x[STEPS][4];
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) {
+                load_matrices(x[k], reinterpret_cast<const __half*>(matrices + 2 * k * kPackBytes));
+            }
+            normalise(x);
+            const bool inside[] = {is_inside(pixel_of(pair, lane / 4)),
+                                   is_inside(pixel_of(min(pair + 1, groups_ - 1), lane / 4))};
+            if (!__all_sync(0xffffffffu, inside[0] && inside[1])) {  // beyond the image, all channels are zeros
+#pragma unroll
+                for (int k = 0; k < STEPS; ++k) {
+                    for (int n = 0; n < 4; ++n) x[k][n] = inside[n % 2] ? x[k][n] : 0;
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) store_matrices(matrices + 2 * k * kPackBytes, x[k]);
+            const uint32_t one = is_inside(pixel_of(group, lane % 8)) ? kOnes : 0;
+            auto* const ones = reinterpret_cast<uint4*>(matrices + 2 * STEPS * kPackBytes);
+            if (lane < 16) *ones = make_uint4(one, one, one, one);
+        }
+        publish_to_async();
     }
 
     // A row of the tile, from the one above it on: its first 16 channels.
-    __device__ Packs row(int number) const {
-        return {static_cast<uint32_t>(__cvta_generic_to_shared(bytes_)) + number * kRowBytes, kPackBytes, 128};
-    }
+    __device__ Packs row(int number) const { return {address(number), kPackBytes, 128}; }
     // And its ones, of which there is but one pack: it stands for two.
-    __device__ Packs ones(int number) const { return {row(number).address + 2 * STEPS * kPackBytes, 0, 128}; }
+    __device__ Packs ones(int number) const { return {address(number) + 2 * STEPS * kPackBytes, 0, 128}; }
 
   private:
-    using Norm = PixelNorm<STEPS>;
+    static constexpr int kRowGroups = kPixels / 8;
 
-    // Outside of the image, all channels are zeros.
-    __device__ void store(const uint4 (&x)[Norm::kPacks], int y, int across, bool exists) const {
-        const int place = across % 10 / 2 * 8 + across / 10 * 2 + across % 2;
-        char* const target = bytes_ + y * kRowBytes + place * 16;
+    struct Pixel {
+        int y, x;  // in the image
+    };
+    __device__ Pixel pixel_of(int group, int i) const {
+        return {row_ - 1 + group / kRowGroups, column_ - 1 + i / 2 * 10 + group % kRowGroups * 2 + i % 2};
+    }
+    __device__ bool is_inside(const Pixel& pixel) const {
+        return pixel.y >= 0 && pixel.y < a_.height && pixel.x >= 0 && pixel.x < a_.width;
+    }
+    __device__ unsigned char* place(int group, int i, int pack) const {
+        return pixels_ + group / kRowGroups * kRowBytes + (group % kRowGroups * 8 + i) * 16 + pack * kPackBytes;
+    }
+    __device__ uint32_t address(int row) const {
+        return static_cast<uint32_t>(__cvta_generic_to_shared(pixels_)) + row * kRowBytes;
+    }
+
+    __device__ void normalise(uint32_t (&x)[STEPS][4]) const {
+        PixelNorm norm;
 #pragma unroll
-        for (int i = 0; i < Norm::kPacks; ++i) {
-            *reinterpret_cast<uint4*>(target + Norm::pack(i) * kPackBytes) = exists ? x[i] : uint4{};
+        for (int k = 0; k < STEPS; ++k) norm.add_sum(x[k], k);
+        norm.find_means(a_.channels);
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+#pragma unroll
+            for (int n = 0; n < 4; ++n) x[k][n] = norm.deviation(x[k][n], n);
         }
-        const uint32_t ones = exists ? 0x3c003c00 : 0;
-        if (Norm::pack(0) == 0) *reinterpret_cast<uint4*>(target + 2 * STEPS * kPackBytes) = {ones, ones, ones, ones};
+        if (a_.channels < STEPS * 16) {
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) {
+                for (int n = 0; n < 4; ++n) x[k][n] = k * 16 + n / 2 * 8 < a_.channels ? x[k][n] : 0;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) norm.add_squares(x[k]);
+        norm.find_scales(a_.epsilon, a_.subtract_mean);
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                x[k][n] = norm.normalised(x[k][n], n, factors_[k * 8 + n / 2 * 4 + threadIdx.x % 4]);
+            }
+        }
     }
 
     const NormConvDepthwiseArguments& a_;
-    char* const bytes_;
-    const Norm norm_;
+    uint2* const factors_;  // pairs of the norm's weights and of its biases
+    unsigned char* const pixels_;
+    const int row_, column_, groups_;
+    const __half* const image_;
 };
 
 // ---- Convolutions ---------------------------------------------------------------------------------------------------
@@ -194,14 +216,18 @@ struct ProductWeights {
     // not exist.
     __device__ void load(const NormConvDepthwiseArguments& a, int upper, int lower) {
         const int pair = threadIdx.x % 4;
-        const auto word = [&](int output, int channel) {
-            const bool exists = output >= 0 && channel < a.channels;
-            return exists ? __ldg(reinterpret_cast<const uint32_t*>(a.weight + int64_t{output} * a.channels + channel))
-                          : 0u;
+        const auto row = [&](int output) {
+            const __half* const first = a.weight + (output < 0 ? 0 : output * int64_t{a.channels});
+            return reinterpret_cast<const uint32_t*>(first) + pair;
         };
+        const uint32_t* const rows[] = {row(upper), row(lower)};
+        const int channels[] = {upper < 0 ? 0 : a.channels, lower < 0 ? 0 : a.channels};
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
-            for (int i = 0; i < 4; ++i) weights[s][i] = word(i % 2 ? lower : upper, s * 16 + i / 2 * 8 + 2 * pair);
+            for (int i = 0; i < 4; ++i) {
+                const int packs = 2 * s + i / 2;  // before the word's
+                weights[s][i] = packs * 8 < channels[i % 2] ? __ldg(rows[i % 2] + packs * 4) : 0;
+            }
         }
         bias[0] = pair == 0 && upper >= 0 ? __half_as_ushort(a.bias[upper]) : 0;
         bias[1] = pair == 0 && lower >= 0 ? __half_as_ushort(a.bias[lower]) : 0;
@@ -221,6 +247,29 @@ struct ProductWeights {
     }
 };
 
+// A row of z, in FP16: a lane's pixels of an output, and the words left and right of them, which lanes beside it have.
+// The first and the last pixel of all lack a neighbour: what is made of them is not theirs.
+struct Row {
+    __half2 z[kLaneWords];
+    uint32_t left, right;
+
+    __device__ void find_neighbours() {
+        left = __shfl_up_sync(0xffffffffu, as_word(z[kLaneWords - 1]), 1);
+        right = __shfl_down_sync(0xffffffffu, as_word(z[0]), 1);
+    }
+};
+
+// What comes of a product: the rows of output `group` and of `group + 8`.
+__device__ inline void round_outputs(const float (&c)[kLaneWords][4], Row& upper, Row& lower) {
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) {
+        upper.z[i] = __floats2half2_rn(c[i][0], c[i][1]);
+        lower.z[i] = __floats2half2_rn(c[i][2], c[i][3]);
+    }
+    upper.find_neighbours();
+    lower.find_neighbours();
+}
+
 // The depthwise convolution of one output on its way down, a lane's pixels of each row.
 //
 // Sums are FP16, product by product: see depthwise.cuh.
@@ -236,19 +285,19 @@ class DepthwiseRows {
         for (int i = 0; i < kLaneWords; ++i) before_[i] = last_[i] = __float2half2_rn(0);
     }
 
-    // Takes the next row of z; what is done is the row above it.  The first and the last pixel of all lanes lack a
-    // neighbour: what comes out is not theirs.
-    __device__ void advance(const __half2 (&z)[kLaneWords], __half2 (&done)[kLaneWords]) {
+    // Takes the next row; what is done is the row above it.
+    __device__ void advance(const Row& row, __half2 (&done)[kLaneWords]) {
+        const auto& z = row.z;
         // Pairs that begin at odd pixels.
         const auto between = [](uint32_t left, uint32_t right) {
             const uint32_t word = __byte_perm(left, right, 0x5432);
             return *reinterpret_cast<const __half2*>(&word);
         };
         __half2 shifted[kLaneWords + 1];
-        shifted[0] = between(__shfl_up_sync(0xffffffffu, as_word(z[kLaneWords - 1]), 1), as_word(z[0]));
+        shifted[0] = between(row.left, as_word(z[0]));
 #pragma unroll
         for (int i = 1; i < kLaneWords; ++i) shifted[i] = between(as_word(z[i - 1]), as_word(z[i]));
-        shifted[kLaneWords] = between(as_word(z[kLaneWords - 1]), __shfl_down_sync(0xffffffffu, as_word(z[0]), 1));
+        shifted[kLaneWords] = between(as_word(z[kLaneWords - 1]), row.right);
 #pragma unroll
         for (int i = 0; i < kLaneWords; ++i) {
             const auto add_row = [&](int row, __half2 sum) {
@@ -272,16 +321,6 @@ class DepthwiseRows {
     __half2 before_[kLaneWords], last_[kLaneWords];  // rows 0 and 1 of the weights for the last row; row 0 for the next
 };
 
-// The rows of a product as z, in FP16: those of output `group` and of `group + 8`.
-__device__ inline void round_outputs(const float (&c)[kLaneWords][4], __half2 (&upper)[kLaneWords],
-                                     __half2 (&lower)[kLaneWords]) {
-#pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) {
-        upper[i] = __floats2half2_rn(c[i][0], c[i][1]);
-        lower[i] = __floats2half2_rn(c[i][2], c[i][3]);
-    }
-}
-
 // ---- Kernel ---------------------------------------------------------------------------------------------------------
 
 // Which of the image's tiles and hidden channels a block takes.
@@ -293,19 +332,24 @@ struct Share {
 
 // blockIdx.x is (image, tile, slice): blocks that read the same pixels are neighbours.
 template <int STEPS>
-__global__ void __launch_bounds__(kThreads, 1)
-    gate_kernel(const NormConvDepthwiseArguments a, __half* __restrict__ gated, int hidden, const Share share) {
+__global__ void __launch_bounds__(Block<STEPS>::kThreads, Block<STEPS>::kBlocks)
+    gate_kernel(const NormConvDepthwiseArguments a, const __grid_constant__ CUtensorMap gated, int hidden,
+                const Share share) {
     using Tile = NormalisedTile<STEPS>;
-    extern __shared__ uint4 shared[];
+    extern __shared__ __align__(128) unsigned char shared[];
     allow_dependents();
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = threadIdx.x / 128;
+    const int lane = threadIdx.x % 32, warp_of_block = alike(threadIdx.x / 32);
+    const int warp = warp_of_block % 4, group = warp_of_block / 4;
     const int slice = blockIdx.x % share.slices, tile_number = blockIdx.x / share.slices;
     const int column = tile_number % share.across * kColumns;
     const int row = tile_number / share.across % share.down * share.rows;
     const int64_t image = tile_number / share.across / share.down;
 
-    char* const stage = reinterpret_cast<char*>(shared) + threadIdx.x / 32 * kStageBytes;
-    const Tile tile(shared + kThreads / 32 * kStageBytes / 16, a);
+    // The lane's corner of the stage: where its row of the transposed matrices, a pixel, is to lie.
+    unsigned char* const stage = shared + warp_of_block * kStageBytes + kStageFirst;
+    unsigned char* const corner = stage + (lane % 8 / 2 * 10 + lane % 2 - 1) * 16;
+    const Tile tile(shared + Block<STEPS>::kWarps * kStageBytes, a, image, row, column, share.rows);
+    __syncthreads();
     ProductWeights<STEPS> weights;
     DepthwiseRows gates, values;
     const auto load_weights = [&](int chunk) {
@@ -318,25 +362,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int first = slice * share.chunks + group;
     const int last = min((slice + 1) * share.chunks, (hidden + kChunk - 1) / kChunk);
     wait_for_previous();
-    tile.fill(image, row, column, share.rows);
+    tile.fetch();
     load_weights(first);
+    tile.normalise();
     __syncthreads();
 
 #pragma unroll 1
-    for (int chunk = first; chunk < last; chunk += kGroups) {
+    for (int chunk = first; chunk < last; chunk += Block<STEPS>::kGroups) {
         if (chunk > first) load_weights(chunk);
-        // The lane's pixels in memory: one of 1 … 32 and one of 33 … 38, in the row two above the one that is
-        // multiplied.
         const int channel = chunk * kChunk + warp * 8;
-        __half* target = gated + ((image * a.height + row - 2) * a.width + column + lane) * hidden + channel;
-        const bool stores = channel < hidden && column + lane < a.width;
-        const bool stores_more = channel < hidden && lane < kColumns - 32 && column + lane + 32 < a.width;
+        const bool stores = channel < hidden && lane == 0;
         // What has come of a row's product; the next one's is on its way then.
         float c[kLaneWords][4];
-        __half2 z[2][kLaneWords];
+        Row rows[2];
         const auto take_product = [&](int next) {
             wait_for_product(c);
-            round_outputs(c, z[0], z[1]);
+            round_outputs(c, rows[0], rows[1]);
             weights.multiply(c, tile, min(next, share.rows + 1));
         };
         weights.multiply(c, tile, 0);
@@ -344,32 +385,32 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
         for (int i = 0; i < share.rows + 2; ++i) {  // rows of the tile, from the one above it on
             __half2 gate[kLaneWords], value[kLaneWords];
-            gates.advance(z[0], gate);
-            values.advance(z[1], value);
+            gates.advance(rows[0], gate);
+            values.advance(rows[1], value);
             if (i >= 2 && row + i - 2 < a.height) {
-                uint32_t words[kLaneWords];
-                for (int n = 0; n < kLaneWords; ++n) words[n] = as_word(__hmul2(fast_gelu(gate[n]), value[n]));
-                // Rows of the transposed matrices are pixels.
-                char* const corner = stage + (lane % 8 / 2 * 10 + lane % 2) * 16;
+                apply_fast_gelu(gate);
+                for (int n = 0; n < kLaneWords; ++n) gate[n] = __hmul2(gate[n], value[n]);
+                if (stores) wait_for_stores();  // of the row before
                 __syncwarp();
-                store_matrices_transposed(corner + lane / 8 * 32, {words[0], words[1], words[2], words[3]});
-                store_matrix_transposed(corner + 128, words[4]);
+                store_matrices_transposed(corner + lane / 8 * 32,
+                                          {as_word(gate[0]), as_word(gate[1]), as_word(gate[2]), as_word(gate[3])});
+                store_matrix_transposed(corner + 128, as_word(gate[4]));
+                publish_to_async();
                 __syncwarp();
-                const auto* const packs = reinterpret_cast<const uint4*>(stage) + lane + 1;
-                if (stores) *reinterpret_cast<uint4*>(target) = packs[0];
-                if (stores_more) *reinterpret_cast<uint4*>(target + 32 * hidden) = packs[32];
+                if (stores) store_box(gated, channel, column, image * a.height + row + i - 2, stage);
             }
-            target += int64_t{a.width} * hidden;
             take_product(i + 2);
         }
         wait_for_product(c);
     }
+    if (lane == 0) wait_for_stores();
 }
 
-// Divides the work so that the multiprocessors, each with one block at a time, are done first.  Times are in clocks,
-// and rough: of a row of a chunk, alone and beside others, of a row of pixels to normalise, and of a block.
+// Divides the work so that the multiprocessors are done first.  Times are in clocks, and rough: of a row of a chunk,
+// alone and beside others, of a row of pixels to normalise, and of a block.
 template <int STEPS>
 Share divide(const NormConvDepthwiseArguments& a, int64_t batch, int64_t hidden, int multiprocessors, int most_rows) {
+    constexpr int kBlocks = Block<STEPS>::kBlocks, kGroups = Block<STEPS>::kGroups;
     const int64_t chunks = ceil_div(hidden, kChunk);
     Share best{};
     best.across = static_cast<int>(ceil_div(a.width, kColumns));
@@ -380,8 +421,9 @@ Share divide(const NormConvDepthwiseArguments& a, int64_t batch, int64_t hidden,
             const int64_t slices = ceil_div(chunks, per_slice);
             const int64_t blocks = batch * best.across * down * slices;
             const int64_t rounds = ceil_div(per_slice, kGroups);
-            const int64_t of_row = 350 * per_slice > 700 * rounds ? 350 * per_slice : 700 * rounds;
-            const int64_t time = ceil_div(blocks, multiprocessors) * ((rows + 2) * (of_row + 40 * STEPS) + 4000);
+            const int64_t of_row = std::max(350 * kBlocks * per_slice, 700 * rounds);
+            const int64_t time =
+                ceil_div(blocks, multiprocessors * kBlocks) * ((rows + 2) * (of_row + 40 * kBlocks * STEPS) + 4000);
             if (time >= least || blocks > INT32_MAX) continue;
             least = time;
             best.rows = rows;
@@ -393,17 +435,33 @@ Share divide(const NormConvDepthwiseArguments& a, int64_t batch, int64_t hidden,
     return best;
 }
 
+// Boxes of a row of a tile by a warp's channels.
+cudaError_t describe_gated(EncodeTensorMap encode, CUtensorMap& map, void* gated, int64_t rows, int64_t width,
+                           int64_t hidden) {
+    const auto number = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+    const cuuint64_t sizes[] = {number(hidden), number(width), number(rows)};
+    const cuuint64_t pitches[] = {number(hidden * 2), number(width * hidden * 2)};
+    const cuuint32_t box[] = {8, kColumns, 1}, steps[] = {1, 1, 1};
+    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, gated, sizes, pitches, box, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                                   CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 template <int STEPS>
-cudaError_t launch_gate(const NormConvDepthwiseArguments& a, void* gated, int64_t batch, int64_t hidden,
+cudaError_t launch_gate(const NormConvDepthwiseArguments& a, const CUtensorMap& gated, int64_t batch, int64_t hidden,
                         int multiprocessors, int shared_bytes, cudaStream_t stream) {
     using Tile = NormalisedTile<STEPS>;
     // Behind the last row's ones is room for the pack that they stand for, too: memcheck takes it to be read.
-    constexpr int kApart = kThreads / 32 * kStageBytes + Tile::kPackBytes, kRow = Tile::kRowBytes;
-    const Share share = divide<STEPS>(a, batch, hidden, multiprocessors, (shared_bytes - kApart) / kRow - 2);
+    using Sizes = Block<STEPS>;
+    constexpr int kApart = Sizes::kWarps * kStageBytes + Tile::kFactorBytes + Tile::kPackBytes;
+    constexpr int kRow = Tile::kRowBytes, kReserved = 1024;  // of each block's shared memory, by CUDA
+    const int most_bytes = (shared_bytes + kReserved) / Sizes::kBlocks - kReserved;
+    const Share share = divide<STEPS>(a, batch, hidden, multiprocessors, (most_bytes - kApart) / kRow - 2);
     if (share.rows == 0) return cudaErrorInvalidConfiguration;
     const auto blocks = static_cast<unsigned>(batch * share.across * share.down * share.slices);
-    return launch_dependent(gate_kernel<STEPS>, dim3(blocks), kThreads, kApart + (share.rows + 2) * kRow, stream, a,
-                            static_cast<__half*>(gated), static_cast<int>(hidden), share);
+    return launch_dependent(gate_kernel<STEPS>, dim3(blocks), Sizes::kThreads, kApart + (share.rows + 2) * kRow, stream,
+                            a, gated, static_cast<int>(hidden), share);
 }
 
 }  // namespace
@@ -411,9 +469,17 @@ cudaError_t launch_gate(const NormConvDepthwiseArguments& a, void* gated, int64_
 bool launch_gate_sm90(const NormConvDepthwiseArguments& a, void* gated, int64_t batch, int64_t hidden,
                       int multiprocessors, int shared_bytes, cudaStream_t stream, cudaError_t& error) {
     // More channels would leave registers for fewer warps, and shared memory for small tiles.
-    if (a.channels > 96) return false;
-    error = (a.channels <= 48 ? launch_gate<3> : launch_gate<6>)(a, gated, batch, hidden, multiprocessors, shared_bytes,
-                                                                 stream);
+    EncodeTensorMap encode = nullptr;
+    const int64_t rows = batch * a.height;
+    if (a.channels > 96 || rows > INT32_MAX || !on_boundary(a.x) || !on_boundary(gated) || find_encode(encode)) {
+        return false;
+    }
+    CUtensorMap boxes;
+    error = describe_gated(encode, boxes, gated, rows, a.width, hidden);
+    if (!error) {
+        error = (a.channels <= 48 ? launch_gate<3> : launch_gate<6>)(a, boxes, batch, hidden, multiprocessors,
+                                                                     shared_bytes, stream);
+    }
     return true;
 }
 

@@ -3,7 +3,8 @@
 // A block has a slice of the outputs, whose weights bulk copies bring while the kernel before still runs, and takes one
 // tile of pixels after the other.  Each warp reads its 16 pixels as fragments, whereupon the next tile is on its way,
 // normalises them in registers, and keeps them there: they are the first factor of products (wgmma) with 64 outputs at
-// a time.  What comes out passes through shared memory, so that 128 bytes of a pixel are stored at once.
+// a time, of which the next one is on its way while one is rounded.  What comes out leaves as boxes, by way of shared
+// memory.
 //
 //   128 pixels  The two groups of four warps have 64 pixels each, and all outputs.
 //   64          Both have the same pixels, and take turns with the outputs: where pixels are few.
@@ -11,10 +12,10 @@
 // Compiled for sm_90a alone, in an object of its own.
 #include "common/boxes.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/pixel_norm.cuh"
 #include "common/pointwise.cuh"
 #include "common/tensor_map.cuh"
 #include "common/wgmma.cuh"
-#include "norm_pointwise_conv/pixel_norm.cuh"
 #include "norm_pointwise_conv/sm90.cuh"
 
 namespace trt_graft {
@@ -26,15 +27,16 @@ constexpr int kChunk = 64;    // outputs of a product
 constexpr int kColumns = 64;  // channels of a box
 constexpr int kBoxBytes = 64 * kColumns * 2;
 constexpr int kMaxChunks = 16;
-constexpr int kStagingBytes = 16 * kChunk * 2;  // of a warp
+constexpr int kStagingBytes = 16 * kChunk * 2;  // of a warp's box
 
 // Shared memory of a block with `chunks` of outputs; STEPS times 16 channels.
 template <int STEPS, int TILES>
 struct Layout {
-    static constexpr int kBoxes = (STEPS + 3) / 4;  // side by side
+    static constexpr int kBoxes = (STEPS + 3) / 4;         // side by side
+    static constexpr int kStagings = STEPS <= 12 ? 2 : 1;  // boxes of a warp; more channels need the room for weights
     static constexpr int kPixelBytes = TILES * kBoxes * kBoxBytes, kChunkBytes = kBoxes * kBoxBytes;
     static constexpr int kFactorBytes = STEPS * 16 * 2 * 2;
-    static constexpr int kStaging = kPixelBytes, kFactors = kStaging + kWarps * kStagingBytes,
+    static constexpr int kStaging = kPixelBytes, kFactors = kStaging + kWarps * kStagings * kStagingBytes,
                          kBarriers = kFactors + kFactorBytes, kBiases = kBarriers + (1 + kMaxChunks) * 8,
                          kFirst = kBiases + kMaxChunks * kChunk * 2;
     static constexpr int kWeights = (kFirst + 1023) / 1024 * 1024;
@@ -68,10 +70,10 @@ __device__ inline void normalise(uint32_t (&x)[STEPS][4], const uint2* factors, 
 template <int STEPS, int TILES>
 __global__ void __launch_bounds__(kThreads, 1)
     norm_and_multiply_kernel(const __grid_constant__ CUtensorMap pixel_boxes,
-                             const __grid_constant__ CUtensorMap weight_boxes, const __half* __restrict__ norm_weight,
-                             const __half* __restrict__ norm_bias, const __half* __restrict__ bias,
-                             __half* __restrict__ y, int pixels, int tiles, int outputs, int pitch_y, float epsilon,
-                             bool subtract_mean, int chunks) {
+                             const __grid_constant__ CUtensorMap weight_boxes,
+                             const __grid_constant__ CUtensorMap result_boxes, const __half* __restrict__ norm_weight,
+                             const __half* __restrict__ norm_bias, const __half* __restrict__ bias, int pixels,
+                             int tiles, int outputs, float epsilon, bool subtract_mean, int chunks) {
     using Sizes = Layout<STEPS, TILES>;
     constexpr int kBoxes = Sizes::kBoxes;
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -113,9 +115,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_for_previous();
     if (threadIdx.x == 0) fetch(blockIdx.y);
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
+    const int warp = alike(threadIdx.x / 32), lane = threadIdx.x % 32, pair = lane % 4;
     const int half_of_block = warp / 4, own = warp % 4 * 16;  // the warp's first pixel of 64
-    unsigned char* const staging = shared + Sizes::kStaging + warp * kStagingBytes;
+    unsigned char* const stagings = shared + Sizes::kStaging + warp * Sizes::kStagings * kStagingBytes;
+    int staging = 0;
 #pragma unroll 1
     for (int tile = blockIdx.y, phase = 0; tile < tiles; tile += gridDim.y, phase ^= 1) {
         wait_for_phase(&barriers[0], phase);
@@ -130,42 +133,64 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (threadIdx.x == 0 && tile + static_cast<int>(gridDim.y) < tiles) fetch(tile + gridDim.y);
         normalise<STEPS>(x, factors, epsilon, subtract_mean);
 
-        const int64_t origin = int64_t{tile} * TILES * kRows + (TILES == 2 ? half_of_block * kRows : 0) + own;
-#pragma unroll 1
-        for (int chunk = TILES == 2 ? 0 : half_of_block; chunk < count; chunk += TILES == 2 ? 1 : kGroups) {
+        const int origin = tile * TILES * kRows + (TILES == 2 ? half_of_block * kRows : 0) + own;
+        constexpr int kStep = TILES == 2 ? 1 : kGroups;
+        const auto start = [&](float (&sums)[8][4], int chunk) {
             wait_for_phase(&barriers[1 + chunk], 0);
             const unsigned char* const factor = weights + chunk * Sizes::kChunkBytes;
-            float sums[8][4];
             begin_products();
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
                 multiply_by_rows(sums, x[k], factor + k / 4 * kBoxBytes, k % 4 * 16, k > 0);
             }
             end_products();
-            wait_for_product(sums);
-
-            __syncwarp();  // the last chunk has been read from the staging
+        };
+        // `later` products have been started behind this one.
+        const auto finish = [&](float (&sums)[8][4], int chunk, auto later) {
+            __half2 terms[8];
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                terms[n] = *reinterpret_cast<const __half2*>(biases + chunk * kChunk + n * 8 + 2 * pair);
+            }
+            wait_for_product<decltype(later)::value>(sums);
+            unsigned char* const box = stagings + staging * kStagingBytes;
+            staging = (staging + 1) % Sizes::kStagings;
+            if (lane == 0) wait_for_stores<Sizes::kStagings - 1>();  // until the box may be used again
+            __syncwarp();
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
                 uint32_t words[4];
                 for (int i = 0; i < 4; ++i) {
-                    const float2 terms = __half22float2(
-                        *reinterpret_cast<const __half2*>(biases + chunk * kChunk + (n + i / 2) * 8 + 2 * pair));
+                    const float2 term = __half22float2(terms[n + i / 2]);
                     const float* const c = sums[n + i / 2] + i % 2 * 2;
-                    words[i] = as_word(__floats2half2_rn(c[0] + terms.x, c[1] + terms.y));
+                    words[i] = as_word(__floats2half2_rn(c[0] + term.x, c[1] + term.y));
                 }
-                store_matrices(staging + place_in_box(lane % 16, n + lane / 16), words);
+                store_matrices(box + place_in_box(lane % 16, n + lane / 16), words);
             }
+            publish_to_async();
             __syncwarp();
-            __half* const target = y + origin * pitch_y + first + chunk * kChunk + lane % 8 * 8;
-            const bool exists = first + chunk * kChunk + lane % 8 * 8 < pitch_y;
-#pragma unroll
-            for (int row = lane / 8; row < 16; row += 4) {
-                const auto words = *reinterpret_cast<const uint4*>(staging + place_in_box(row, lane % 8));
-                if (exists && origin + row < pixels) *reinterpret_cast<uint4*>(target + int64_t{row} * pitch_y) = words;
-            }
+            if (lane == 0 && origin < pixels) store_box(result_boxes, first + chunk * kChunk, origin, box);
+        };
+        float even[8][4], odd[8][4];
+        int chunk = TILES == 2 ? 0 : half_of_block;
+        if (chunk >= count) continue;
+        start(even, chunk);
+#pragma unroll 1
+        for (; chunk + 2 * kStep < count; chunk += 2 * kStep) {
+            start(odd, chunk + kStep);
+            finish(even, chunk, Int<1>{});
+            start(even, chunk + 2 * kStep);
+            finish(odd, chunk + kStep, Int<1>{});
+        }
+        if (chunk + kStep < count) {
+            start(odd, chunk + kStep);
+            finish(even, chunk, Int<1>{});
+            finish(odd, chunk + kStep, Int<0>{});
+        } else {
+            finish(even, chunk, Int<0>{});
         }
     }
+    if (lane == 0) wait_for_stores();
 }
 
 // How the work is cut: chunks of a slice, slices, blocks for each; cycles that it takes, by and large.
@@ -177,7 +202,7 @@ struct Cut {
 template <int STEPS, int TILES>
 Cut best_cut(int64_t pixels, int outputs, int multiprocessors, int shared_bytes) {
     using Sizes = Layout<STEPS, TILES>;
-    constexpr int kNormalise = STEPS * 60, kMultiply = STEPS * 32 * TILES, kStore = 150 * TILES;
+    constexpr int kNormalise = STEPS * 60 + 400, kMultiply = STEPS * 32 * TILES, kStore = 100 * TILES;
     constexpr int kBytesPerCycle = 48;
     const int all = static_cast<int>(ceil_div(outputs, kChunk));
     const int64_t tiles = ceil_div(pixels, TILES * kRows);
@@ -212,16 +237,17 @@ bool launch_norm_pointwise_conv_sm90(const void* x, const void* norm_weight, con
     const auto launch = [&](auto steps) {
         constexpr int STEPS = steps;
         const auto launch_cut = [&](const Cut& cut, auto kernel, int tile_rows, int bytes) {
-            CUtensorMap pixel_boxes, weight_boxes;
+            const int64_t columns = pitch(DataType::kHalf, outputs);
+            CUtensorMap pixel_boxes, weight_boxes, result_boxes;
             error = describe_boxes(encode, pixel_boxes, x, 2, 1, pixels, channels, kRows);
             if (!error) error = describe_boxes(encode, weight_boxes, weight, 2, 1, outputs, channels, kChunk);
+            if (!error) error = describe_boxes(encode, result_boxes, y, 2, 1, pixels, columns, 16);
             if (error) return;
             const auto half = [](const void* pointer) { return static_cast<const __half*>(pointer); };
-            error = launch_dependent(
-                kernel, dim3(cut.slices, cut.blocks), kThreads, bytes, stream, pixel_boxes, weight_boxes,
-                half(norm_weight), half(norm_bias), half(bias), static_cast<__half*>(y), static_cast<int>(pixels),
-                static_cast<int>(ceil_div(pixels, tile_rows)), static_cast<int>(outputs),
-                static_cast<int>(pitch(DataType::kHalf, outputs)), epsilon, subtract_mean, cut.chunks);
+            error = launch_dependent(kernel, dim3(cut.slices, cut.blocks), kThreads, bytes, stream, pixel_boxes,
+                                     weight_boxes, result_boxes, half(norm_weight), half(norm_bias), half(bias),
+                                     static_cast<int>(pixels), static_cast<int>(ceil_div(pixels, tile_rows)),
+                                     static_cast<int>(outputs), epsilon, subtract_mean, cut.chunks);
         };
         const auto cut_of = [&](auto tiles) {
             return best_cut<STEPS, decltype(tiles)::value>(pixels, static_cast<int>(outputs), multiprocessors,

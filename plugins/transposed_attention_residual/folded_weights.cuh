@@ -15,10 +15,13 @@ struct FoldedWeights {
     const __half* attention;   // (images, heads, column, row)
     int head_channels, width;  // of the `width` columns and rows, those that exist
 
-    // at(output, channel) is where a block's weight is, and 4 of neighbouring channels.
+    // at(output, channel) is where a block's weight is, and 8 of neighbouring channels, if `channel` is a multiple
+    // of 8.
     template <int OUTPUTS, int WARPS, typename At>
     __device__ void make(At at, int channels) const {
-        if (width == 48) {
+        if (head_channels == 48) {
+            fold_48<OUTPUTS, WARPS>(at, channels);
+        } else if (width == 48) {
             fold<OUTPUTS, WARPS, 48>(at, channels);
         } else if (width == 96) {
             fold<OUTPUTS, WARPS, 96>(at, channels);
@@ -28,6 +31,58 @@ struct FoldedWeights {
     }
 
   private:
+    // Restormer's heads.  A warp keeps a head's attention for all the outputs that it takes.
+    template <int OUTPUTS, int WARPS, typename At>
+    __device__ void fold_48(At at, int channels) const {
+        constexpr int kDepth = 3, kTiles = 6;  // 16 · kDepth rows, 8 · kTiles columns
+        const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4, heads = channels / 48;
+        uint2 b[kDepth][kTiles];
+        int loaded = -1;
+#pragma unroll 1
+        for (int task = threadIdx.x / 32; task < heads * (OUTPUTS / 16); task += WARPS) {
+            const int head = task % heads, output = task / heads * 16, origin = head * 48;
+            if (head != loaded) {
+                loaded = head;
+                const __half* const first =
+                    attention + (int64_t{blockIdx.z} * heads + head) * 48 * 48 + group * 48 + 4 * pair;
+#pragma unroll
+                for (int k = 0; k < kDepth; ++k) {
+                    for (int n = 0; n < kTiles; ++n) {
+                        b[k][n] = __ldg(reinterpret_cast<const uint2*>(first + 8 * n * 48 + k * 16));
+                    }
+                }
+            }
+            uint2 a[kDepth][2];
+#pragma unroll
+            for (int k = 0; k < kDepth; ++k) {
+                for (int i = 0; i < 2; ++i) {
+                    a[k][i] = *reinterpret_cast<uint2*>(at(output + group + 8 * i, origin + k * 16 + 4 * pair));
+                }
+            }
+            __syncwarp();
+            float c[kTiles][4] = {};
+#pragma unroll
+            for (int k = 0; k < kDepth; ++k) {
+                for (int n = 0; n < kTiles; ++n) {
+                    multiply_add(c[n], {a[k][0].x, a[k][1].x, a[k][0].y, a[k][1].y}, b[k][n].x, b[k][n].y);
+                }
+            }
+            const auto word = [&](int n, int i) { return as_word(__floats2half2_rn(c[n][2 * i], c[n][2 * i + 1])); };
+#pragma unroll
+            for (int n = 0; n < kTiles; n += 2) {
+#if __CUDA_ARCH__ >= 900
+                store_matrices(at(output + lane % 16, origin + (n + lane / 16) * 8),
+                               {word(n, 0), word(n, 1), word(n + 1, 0), word(n + 1, 1)});
+#else
+                for (int i = 0; i < 4; ++i) {
+                    auto* const pack = at(output + group + i % 2 * 8, origin + (n + i / 2) * 8);
+                    reinterpret_cast<uint32_t*>(pack)[pair] = word(n + i / 2, i % 2);
+                }
+#endif
+            }
+        }
+    }
+
     template <int OUTPUTS, int WARPS, int WIDTH, typename At>
     __device__ void fold(At at, int channels) const {
         // Of attention, 16 · kDepth rows and 8 · kTiles columns are on their way at once.

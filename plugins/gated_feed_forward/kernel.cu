@@ -233,12 +233,17 @@ cudaError_t launch_piece(DataType type, const Arguments& a, const Piece& piece, 
                                           piece.images * piece.kept * a.width, a.hidden, a.channels, stream);
 }
 
-// From so many hidden channels on, Hopper takes these kernels: between sizes measured, see docs/restormer-tuning.md.
-constexpr int64_t kPartsHidden = 384;
+// Of so many pixels Hopper takes these kernels, of all images together: all if there are many hidden channels, few if
+// there are less.  Limits are between sizes measured, see docs/restormer-tuning.md.
+int64_t pixels_by_parts(int64_t pixels, int64_t hidden) {
+    if (hidden >= 384) return pixels;
+    return hidden >= 192 ? std::min<int64_t>(pixels, 1 << 14) : 0;
+}
 
 bool parts_are_faster(const Arguments& a) {
+    const int64_t pixels = a.batch * a.height * a.width;
     Gpu gpu;
-    return a.hidden >= kPartsHidden && !find_gpu(gpu) && gpu.is_hopper;
+    return pixels_by_parts(pixels, a.hidden) == pixels && !find_gpu(gpu) && gpu.is_hopper;
 }
 
 constexpr int64_t kStrip = 32;  // rows, with one more above and one below
@@ -266,7 +271,7 @@ int64_t gated_feed_forward_workspace_bytes(int64_t batch, int64_t height, int64_
     // of the larger type: FP16 has padding, but half the size
     const int64_t channels = pitch(DataType::kHalf, 2 * hidden) + pitch(DataType::kHalf, hidden);
     const int64_t strips = strip_rows(height) * width * channels * 4;
-    const int64_t images = hidden < kPartsHidden ? 0 : pixels * channels * 2;
+    const int64_t images = pixels_by_parts(pixels, hidden) * channels * 2;
     return std::max({gated, strips, images});
 }
 

@@ -436,7 +436,7 @@ bool dispatch_tile(const Block& b, const Gpu& gpu, Launch launch) {
 // Where there is work enough for many blocks, the parts' kernels overtake: they do not make q, k and v of a halo.  Not
 // so up to 48 channels, where memory weighs most.  Limits are those measured on Hopper, see docs/restormer-tuning.md.
 bool parts_are_faster(const Block& b) {
-    return b.channels() > 48 && b.batch * b.pixels() >= (b.channels() <= 96 ? 1 << 15 : 1 << 10);
+    return b.channels() > 48 && b.batch * b.pixels() >= (b.channels() <= 96 ? 1 << 14 : 1 << 10);
 }
 
 // Whether the GPU has room for what the sizes need, too.

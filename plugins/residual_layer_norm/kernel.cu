@@ -2,7 +2,7 @@
 //
 // Floor: x and residual are read once, sum and y are written once.  A warp takes a row and keeps its FP32 sum in
 // registers: mean and variance cost neither memory nor barriers.
-#include "common/kernel.cuh"
+#include "common/dependent_launch.cuh"
 #include "residual_layer_norm/kernel.cuh"
 
 namespace trt_graft {
@@ -17,9 +17,11 @@ constexpr int kMaxBlocks = INT32_MAX;
 template <typename T, int N, int PACKS>
 __global__ void residual_layer_norm_kernel(const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y,
                                            int64_t rows, int dim, float epsilon) {
-    const int64_t row = blockIdx.x * int64_t{kRows} + threadIdx.y;
+    allow_dependents();
+    wait_for_previous();
+    const int64_t row = blockIdx.x * int64_t{kRows} + threadIdx.x / kLanes;
     if (row >= rows) return;  // no barrier follows
-    const auto column = [](int p) { return (p * kLanes + static_cast<int>(threadIdx.x)) * N; };
+    const auto column = [](int p) { return (p * kLanes + static_cast<int>(threadIdx.x) % kLanes) * N; };
 
     // All loads are on their way before the first sum needs one.
     Pack<T, N> left[PACKS] = {}, right[PACKS] = {};
@@ -70,13 +72,14 @@ cudaError_t launch_residual_layer_norm(DataType type, const void* x, const void*
     if (rows * dim == 0) return cudaSuccess;
     const int64_t blocks = ceil_div(rows, kRows);
     if (dim > kMaxDim || blocks > kMaxBlocks) return cudaErrorInvalidValue;
-    return dispatch(type, [&](auto tag) {
+    cudaError_t error = cudaSuccess;
+    const cudaError_t launched = dispatch(type, [&](auto tag) {
         using T = decltype(tag);
         const auto launch = [&](auto kernel) {
-            kernel<<<blocks, dim3(kLanes, kRows), 0, stream>>>(
-                static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
-                static_cast<const T*>(bias), static_cast<T*>(sum), static_cast<T*>(y), rows, static_cast<int>(dim),
-                epsilon);
+            error = launch_dependent(kernel, static_cast<unsigned>(blocks), kLanes * kRows, 0, stream,
+                                     static_cast<const T*>(x), static_cast<const T*>(residual),
+                                     static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(sum),
+                                     static_cast<T*>(y), rows, static_cast<int>(dim), epsilon);
         };
         // As few registers as the row needs, in packs of 16 bytes where rows begin on their boundaries.
         const auto launch_packed = [&](auto pack) {
@@ -98,6 +101,7 @@ cudaError_t launch_residual_layer_norm(DataType type, const void* x, const void*
             launch_packed(Pack<T, 1>{});
         }
     });
+    return error ? error : launched;
 }
 
 }  // namespace trt_graft

@@ -10,6 +10,7 @@ that contains others or is off by default, is measured against what TensorRT wou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -298,7 +299,12 @@ def joined(measured: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str,
     built_with = [row["built_with"] for row in measured if "built_with" in row]
     again = [identified(row) for row in measured]
     kept = [row for row in earlier if row.get("built_with") in built_with and identified(row) not in again]
-    return sorted((*kept, *measured), key=lambda row: (row["part"], row["size"], row["plugin"]))
+    return sorted((*kept, *measured), key=lambda row: (row["part"], numbers_in(row["size"]), row["plugin"]))
+
+
+def numbers_in(size: str) -> List[int]:
+    """So that sizes come by their numbers: batch 8 before batch 32."""
+    return [int(number) for number in re.findall(r"\d+", size)]
 
 
 def identified(row: Mapping[str, Any]) -> List[Any]:

@@ -239,11 +239,17 @@ def plot(report: Mapping[str, Any], groups: Sequence[str], path: Path) -> None:
     left.invert_yaxis()
     compared = [label for label in rows if label != REFERENCE]
     height = 0.8 / len(groups)
+    all_errors = []
     for index, group in enumerate(groups):
         positions = np.arange(len(compared)) + (index - (len(groups) - 1) / 2) * height
         # an error of zero has no place on a logarithmic axis
         errors = [max(rows[label]["errors"][group]["abs max"], 1e-9) for label in compared]
         right.barh(positions, errors, height, label=group)
+        all_errors += errors
+    if all_errors:  # whole decades: else the smallest error would have no bar
+        decades = np.floor(np.log10([min(all_errors), max(all_errors)]))
+        right.set_xlim(10.0 ** decades[0], 10.0 ** (decades[1] + 1))
+        right.tick_params(axis="x", which="minor", labelbottom=False)
     right.set(title="Largest absolute error against PyTorch", xscale="log", yticks=range(len(compared)))
     right.set_yticklabels(compared)
     right.invert_yaxis()

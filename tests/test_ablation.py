@@ -93,6 +93,16 @@ def test_restormers_norms(built):
     assert rows[0]["weights"] == [[16], [16]]
 
 
+def test_rows_come_by_size_and_hold_for_one_library():
+    def row(size: str, time: float, library: str) -> dict[str, Any]:
+        same = {key: "" for key in ("precision", "attributes", "inputs", "weights", "outputs")}
+        return {**same, "part": "step", "plugin": "linear", "size": size, "built_with": library, "layers_us": time}
+
+    earlier = [row("batch 8", 1, "new"), row("batch 16", 1, "old"), row("batch 32", 1, "new")]
+    joined = ablation.joined([row("batch 32", 2, "new"), row("batch 1", 2, "new")], earlier)
+    assert [(one["size"], one["layers_us"]) for one in joined] == [("batch 1", 2), ("batch 8", 1), ("batch 32", 2)]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_nodes_compute_what_the_layers_do(small, tmp_path, model):
     kinds = one_of_each(BuildFolder(small, model))

@@ -7,9 +7,9 @@
 // every multiprocessor has work; each slice normalises the pixels again.
 //
 // Restormer's numbers of channels have a kernel of their own on Hopper, see sm90.cu.
+#include "common/pixel_norm.cuh"
 #include "common/pointwise.cuh"
 #include "norm_pointwise_conv/kernel.cuh"
-#include "common/pixel_norm.cuh"
 #include "norm_pointwise_conv/sm90.cuh"
 
 namespace trt_graft {

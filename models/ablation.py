@@ -303,7 +303,7 @@ def joined(measured: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str,
 
 
 def numbers_in(size: str) -> List[int]:
-    """So that sizes come by their numbers: batch 8 before batch 32."""
+    """What sizes are sorted by: batch 8 comes before batch 32."""
     return [int(number) for number in re.findall(r"\d+", size)]
 
 

@@ -7,8 +7,8 @@
 // tiles, the hidden channels are cut into slices, one for a block, so that every multiprocessor has work.  Up to 96
 // channels Hopper has a first kernel of its own, see sm90.cu.  The second kernel is pointwise_conv_residual's.
 //
-// Three other plugins' kernels take over for many channels on Hopper, where they are faster, and, a strip of rows at a
-// time, for FP32 and for sizes that are not whole packs of 16 bytes.
+// Three other plugins' kernels take over for many channels and for few pixels on Hopper, where they are faster, and, a
+// strip of rows at a time, for FP32 and for sizes that are not whole packs of 16 bytes.
 #include <algorithm>
 
 #include "common/gelu.cuh"

@@ -20,6 +20,8 @@
 // is zero, too, as the depthwise convolution wants it.
 //
 // Where an image has few tiles, blocks divide the hidden channels between them, and each normalises the tile again.
+#include <cuda_pipeline.h>
+
 #include <algorithm>
 
 #include "common/boxes.cuh"
@@ -116,7 +118,8 @@ class NormalisedTile {
     // Then normalises them, each warp those that it has fetched, behind a barrier.  Another one must follow.
     __device__ void normalise() const {
         const int lane = threadIdx.x % 32;
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
         __syncwarp();
 #pragma unroll 1
         for (int pair = threadIdx.x / 32 * 2; pair < groups_; pair += Block<STEPS>::kWarps * 2) {
@@ -452,8 +455,8 @@ template <int STEPS>
 cudaError_t launch_gate(const NormConvDepthwiseArguments& a, const CUtensorMap& gated, int64_t batch, int64_t hidden,
                         int multiprocessors, int shared_bytes, cudaStream_t stream) {
     using Tile = NormalisedTile<STEPS>;
-    // Behind the last row's ones is room for the pack that they stand for, too: memcheck takes it to be read.
     using Sizes = Block<STEPS>;
+    // Behind the last row's ones is room for the pack that they stand for, too: memcheck takes it to be read.
     constexpr int kApart = Sizes::kWarps * kStageBytes + Tile::kFactorBytes + Tile::kPackBytes;
     constexpr int kRow = Tile::kRowBytes, kReserved = 1024;  // of each block's shared memory, by CUDA
     const int most_bytes = (shared_bytes + kReserved) / Sizes::kBlocks - kReserved;
@@ -468,9 +471,9 @@ cudaError_t launch_gate(const NormConvDepthwiseArguments& a, const CUtensorMap& 
 
 bool launch_gate_sm90(const NormConvDepthwiseArguments& a, void* gated, int64_t batch, int64_t hidden,
                       int multiprocessors, int shared_bytes, cudaStream_t stream, cudaError_t& error) {
-    // More channels would leave registers for fewer warps, and shared memory for small tiles.
     EncodeTensorMap encode = nullptr;
     const int64_t rows = batch * a.height;
+    // More channels would leave registers for fewer warps, and shared memory for small tiles.
     if (a.channels > 96 || rows > INT32_MAX || !on_boundary(a.x) || !on_boundary(gated) || find_encode(encode)) {
         return false;
     }

@@ -63,4 +63,31 @@ class PixelNorm {
     __half2 minus_[2], scale_[2], more_[2], shift_[2];
 };
 
+// All of that for pixels of `channels` channels, up to STEPS · 16, behind which come zeros; a multiple of 8.  The
+// factors are pairs of gamma, then of beta, for each pair of channels.
+template <int STEPS>
+__device__ void normalise_pixels(uint32_t (&x)[STEPS][4], const uint2* factors, int channels, float epsilon,
+                                 bool subtract_mean) {
+    PixelNorm norm;
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) norm.add_sum(x[k], k);
+    norm.find_means(channels);
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            x[k][n] = norm.deviation(x[k][n], n);
+            if (k * 16 + n / 2 * 8 >= channels) x[k][n] = 0;
+        }
+        norm.add_squares(x[k]);
+    }
+    norm.find_scales(epsilon, subtract_mean);
+    const int pair = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) x[k][n] = norm.normalised(x[k][n], n, factors[k * 8 + n / 2 * 4 + pair]);
+    }
+}
+
 }  // namespace trt_graft

@@ -131,7 +131,7 @@ class NormalisedTile {
             for (int k = 0; k < STEPS; ++k) {
                 load_matrices(x[k], reinterpret_cast<const __half*>(matrices + 2 * k * kPackBytes));
             }
-            normalise(x);
+            normalise_pixels(x, factors_, a_.channels, a_.epsilon, a_.subtract_mean);
             const bool inside[] = {is_inside(pixel_of(pair, lane / 4)),
                                    is_inside(pixel_of(min(pair + 1, groups_ - 1), lane / 4))};
             if (!__all_sync(0xffffffffu, inside[0] && inside[1])) {  // beyond the image, all channels are zeros
@@ -171,34 +171,6 @@ class NormalisedTile {
     }
     __device__ uint32_t address(int row) const {
         return static_cast<uint32_t>(__cvta_generic_to_shared(pixels_)) + row * kRowBytes;
-    }
-
-    __device__ void normalise(uint32_t (&x)[STEPS][4]) const {
-        PixelNorm norm;
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) norm.add_sum(x[k], k);
-        norm.find_means(a_.channels);
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-#pragma unroll
-            for (int n = 0; n < 4; ++n) x[k][n] = norm.deviation(x[k][n], n);
-        }
-        if (a_.channels < STEPS * 16) {
-#pragma unroll
-            for (int k = 0; k < STEPS; ++k) {
-                for (int n = 0; n < 4; ++n) x[k][n] = k * 16 + n / 2 * 8 < a_.channels ? x[k][n] : 0;
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) norm.add_squares(x[k]);
-        norm.find_scales(a_.epsilon, a_.subtract_mean);
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                x[k][n] = norm.normalised(x[k][n], n, factors_[k * 8 + n / 2 * 4 + threadIdx.x % 4]);
-            }
-        }
     }
 
     const NormConvDepthwiseArguments& a_;
@@ -438,19 +410,6 @@ Share divide(const NormConvDepthwiseArguments& a, int64_t batch, int64_t hidden,
     return best;
 }
 
-// Boxes of a row of a tile by a warp's channels.
-cudaError_t describe_gated(EncodeTensorMap encode, CUtensorMap& map, void* gated, int64_t rows, int64_t width,
-                           int64_t hidden) {
-    const auto number = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-    const cuuint64_t sizes[] = {number(hidden), number(width), number(rows)};
-    const cuuint64_t pitches[] = {number(hidden * 2), number(width * hidden * 2)};
-    const cuuint32_t box[] = {8, kColumns, 1}, steps[] = {1, 1, 1};
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, gated, sizes, pitches, box, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                                   CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <int STEPS>
 cudaError_t launch_gate(const NormConvDepthwiseArguments& a, const CUtensorMap& gated, int64_t batch, int64_t hidden,
                         int multiprocessors, int shared_bytes, cudaStream_t stream) {
@@ -478,7 +437,8 @@ bool launch_gate_sm90(const NormConvDepthwiseArguments& a, void* gated, int64_t 
         return false;
     }
     CUtensorMap boxes;
-    error = describe_gated(encode, boxes, gated, rows, a.width, hidden);
+    // A row of a tile by a warp's channels.
+    error = describe_boxes(encode, boxes, gated, 3, rows, a.width, hidden, kColumns, 8);
     if (!error) {
         error = (a.channels <= 48 ? launch_gate<3> : launch_gate<6>)(a, boxes, batch, hidden, multiprocessors,
                                                                      shared_bytes, stream);

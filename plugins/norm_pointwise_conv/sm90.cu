@@ -44,28 +44,6 @@ struct Layout {
     static constexpr int bytes(int chunks) { return kWeights + chunks * kChunkBytes; }
 };
 
-// The factors are pairs of gamma and of beta.
-template <int STEPS>
-__device__ inline void normalise(uint32_t (&x)[STEPS][4], const uint2* factors, float epsilon, bool subtract_mean) {
-    PixelNorm norm;
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k) norm.add_sum(x[k], k);
-    norm.find_means(STEPS * 16);
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) x[k][n] = norm.deviation(x[k][n], n);
-        norm.add_squares(x[k]);
-    }
-    norm.find_scales(epsilon, subtract_mean);
-    const int pair = threadIdx.x % 4;
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) x[k][n] = norm.normalised(x[k][n], n, factors[k * 8 + n / 2 * 4 + pair]);
-    }
-}
-
 // blockIdx is (slice of `chunks` · 64 outputs, share of the pixels).
 template <int STEPS, int TILES>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -131,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         __syncthreads();  // everyone has read them
         if (threadIdx.x == 0 && tile + static_cast<int>(gridDim.y) < tiles) fetch(tile + gridDim.y);
-        normalise<STEPS>(x, factors, epsilon, subtract_mean);
+        normalise_pixels(x, factors, STEPS * 16, epsilon, subtract_mean);
 
         const int origin = tile * TILES * kRows + (TILES == 2 ? half_of_block * kRows : 0) + own;
         constexpr int kStep = TILES == 2 ? 1 : kGroups;

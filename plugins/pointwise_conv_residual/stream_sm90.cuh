@@ -202,7 +202,7 @@ bool launch_residual_stream(const PointwiseArguments& a, int64_t images, const W
         return false;
     }
     CUtensorMap pixel_boxes, weight_boxes;
-    error = describe_boxes(encode, pixel_boxes, a.x, 3, images, a.pixels, a.channels, S::kRows, a.pitch_x);
+    error = describe_boxes(encode, pixel_boxes, a.x, 3, images, a.pixels, a.channels, S::kRows, 64, a.pitch_x);
     if (!error) error = describe_boxes(encode, weight_boxes, a.weight, 2, 1, a.outputs, a.channels, S::kOutputs);
     if (error) return true;
     const int64_t slices = a.outputs / S::kOutputs, tiles = ceil_div(a.pixels, S::kRows);

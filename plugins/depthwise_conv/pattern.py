@@ -16,6 +16,7 @@ import plugins
 from plugins.matching import Bindings, Constant, Either, Match, Op, Value, find
 
 OP = "DepthwiseConv"
+DEFAULT_IN = ("fp16",)  # TensorRT's FP32 images have channels first: two transposes cost more than is gained
 
 
 def depthwise_3x3(node: gs.Node) -> bool:

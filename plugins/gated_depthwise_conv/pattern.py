@@ -14,6 +14,7 @@ from plugins.depthwise_conv import pattern as depthwise_conv
 from plugins.matching import Constant, Either, Match, Op, find
 
 OP = "GatedDepthwiseConv"
+DEFAULT_IN = ("fp16",)  # TensorRT's FP32 images have channels first, see depthwise_conv
 
 
 def halves_channels(node: gs.Node) -> bool:

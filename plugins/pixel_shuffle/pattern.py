@@ -7,6 +7,7 @@ import onnx_graphsurgeon as gs
 from plugins.matching import Match, Op, Value, find
 
 OP = "PixelShuffle"
+DEFAULT_IN = ("fp16",)  # TensorRT's FP32 images have channels first, see depthwise_conv
 
 
 def channels_first(node: gs.Node) -> bool:

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from plugins.matching import Match, Op, Reshaped, Value, find
 
 OP = "PixelUnshuffle"
+DEFAULT_IN = ("fp16",)  # TensorRT's FP32 images have channels first, see depthwise_conv
 
 
 def moves_blocks_to_channels(node: gs.Node) -> bool:

@@ -270,6 +270,12 @@ def trtexec_line(tensorrt: TensorRT, part: Part, engine: Path) -> str:
     return f"{tool} --loadEngine={engine} --shapes={shapes}" + (f" --staticPlugins={library}" if library else "")
 
 
+def has_plugins(manifest: Mapping[str, Any], precision: str) -> bool:
+    """Whether surgery has left any plugin in a precision's graphs."""
+    parts = manifest.get("patched", {}).get(precision, {}).values()
+    return any(set(plugins.names()) - set(part.get("without", ())) for part in parts)
+
+
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--precision", choices=PRECISIONS, default="fp32", help="which patched graph (fp32)")
@@ -308,6 +314,9 @@ def main() -> int:
     )
     library = identity(tensorrt)["plugins"]
     print(f"building with {tensorrt} for {target}, {'with' if library else 'without'} the plugin library")
+    if not library and options.precision == "fp16" and has_plugins(manifest, options.precision):
+        plain = folder.command("surgeon.py", "--precision", "fp16", "--without", "all")
+        print(f"  plugins are built from ONNX functions, which compute in FP32: `{plain}` leaves FP16 layers instead")
     engines: Dict[str, Any] = {}
     timings = options.build_dir / f"{tensorrt.version}-{gpu_name()}.timings".replace(" ", "-")
     for part in parts:

@@ -18,7 +18,7 @@ from plugins.pointwise_conv_residual.pattern import is_pointwise, weight_and_bia
 OP = "NormPointwiseConv"
 FUSES = ("channel_layer_norm",)
 NEEDS_FP32 = True  # the norm
-DEFAULT_IN = ()  # as a kernel no faster than norm and TensorRT's convolution, see docs/restormer-tuning.md
+DEFAULT_IN = ()  # transposed_attention_block and gated_feed_forward have its nodes
 
 weight, bias = Constant(), Constant()
 

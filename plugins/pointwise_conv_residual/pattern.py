@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from plugins.matching import Bindings, Constant, Either, Match, Op, Value, find
 
 OP = "PointwiseConvResidual"
-DEFAULT_IN = ()  # as a kernel no faster than TensorRT's convolution, see docs/restormer-tuning.md
+DEFAULT_IN = ()  # by itself often slower than TensorRT's convolution, see docs/restormer-tuning.md
 
 
 def is_pointwise(node: gs.Node) -> bool:

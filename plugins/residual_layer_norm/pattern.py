@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from plugins.matching import Constant, Match, Op, Value, find
 
 OP = "ResidualLayerNorm"
+DEFAULT_IN = ("fp16",)  # in FP32 TensorRT's own layers are 2 to 13 % faster, see docs/trocr-tuning.md
 
 
 def adds_alike(node: gs.Node) -> bool:

@@ -346,7 +346,6 @@ __global__ void __launch_bounds__(Block<STEPS>::kThreads, Block<STEPS>::kBlocks)
     for (int chunk = first; chunk < last; chunk += Block<STEPS>::kGroups) {
         if (chunk > first) load_weights(chunk);
         const int channel = chunk * kChunk + warp * 8;
-        const bool stores = channel < hidden && lane == 0;
         // What has come of a row's product; the next one's is on its way then.
         float c[kLaneWords][4];
         Row rows[2];
@@ -362,17 +361,17 @@ __global__ void __launch_bounds__(Block<STEPS>::kThreads, Block<STEPS>::kBlocks)
             __half2 gate[kLaneWords], value[kLaneWords];
             gates.advance(rows[0], gate);
             values.advance(rows[1], value);
-            if (i >= 2 && row + i - 2 < a.height) {
+            if (i >= 2 && row + i - 2 < a.height && channel < hidden) {
                 apply_fast_gelu(gate);
                 for (int n = 0; n < kLaneWords; ++n) gate[n] = __hmul2(gate[n], value[n]);
-                if (stores) wait_for_stores();  // of the row before
+                if (lane == 0) wait_for_stores();  // of the row before
                 __syncwarp();
                 store_matrices_transposed(corner + lane / 8 * 32,
                                           {as_word(gate[0]), as_word(gate[1]), as_word(gate[2]), as_word(gate[3])});
                 store_matrix_transposed(corner + 128, as_word(gate[4]));
                 publish_to_async();
                 __syncwarp();
-                if (stores) store_box(gated, channel, column, image * a.height + row + i - 2, stage);
+                if (lane == 0) store_box(gated, channel, column, image * a.height + row + i - 2, stage);
             }
             take_product(i + 2);
         }

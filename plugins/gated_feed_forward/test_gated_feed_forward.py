@@ -223,7 +223,11 @@ def test_kernel_is_the_reference_at_restormers_sizes(channels, hidden, side, bat
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "hidden"), [((1, 48, 720, 1280), 128), ((1, 96, 360, 640), 256), ((1, 384, 90, 160), 1024)]
+    ("shape", "hidden"),
+    [((1, 48, 720, 1280), 128), ((1, 96, 360, 640), 256), ((1, 384, 90, 160), 1024)]
+    # the demo's: some warps have channels at first, and none later
+    + [((1, 16, 720, 1280), 40), ((1, 32, 720, 1280), 80), ((1, 32, 640, 816), 80), ((1, 64, 180, 320), 160)]
+    + [((1, 16, 640, 816), 72), ((1, 64, 360, 640), 136)],
 )
 def test_kernel_is_the_reference_on_a_large_image(shape, hidden, dtype):
     check(random_tensors(shape, hidden, dtype, "cuda"))

@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 terms[n] = *reinterpret_cast<const __half2*>(biases + chunk * kChunk + n * 8 + 2 * pair);
             }
             wait_for_product<decltype(later)::value>(sums);
+            if (origin >= pixels) return;  // a box that is not stored could be written before the last one has left it
             unsigned char* const box = stagings + staging * kStagingBytes;
             staging = (staging + 1) % Sizes::kStagings;
             if (lane == 0) wait_for_stores<Sizes::kStagings - 1>();  // until the box may be used again
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
             publish_to_async();
             __syncwarp();
-            if (lane == 0 && origin < pixels) store_box(result_boxes, first + chunk * kChunk, origin, box);
+            if (lane == 0) store_box(result_boxes, first + chunk * kChunk, origin, box);
         };
         float even[8][4], odd[8][4];
         int chunk = TILES == 2 ? 0 : half_of_block;

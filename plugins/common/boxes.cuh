@@ -45,8 +45,8 @@ __device__ inline void store_box(const CUtensorMap& matrices, int column, int ro
         : "memory");
 }
 
-// Waits until the boxes that this thread has stored have left shared memory, all but the last `LATER` ones.
-// Nobody may write where a box lies before, be it what is never stored.
+// Waits until the boxes that this thread has stored have left shared memory, all but the last `LATER` ones.  Before,
+// nothing may be written where such a box lies, not even by a warp that stores nothing there.
 template <int LATER = 0>
 __device__ void wait_for_stores() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LATER) : "memory");

@@ -63,7 +63,7 @@ class PixelNorm {
     __half2 minus_[2], scale_[2], more_[2], shift_[2];
 };
 
-// All of that for pixels of `channels` channels, up to STEPS · 16, behind which come zeros; a multiple of 8.  The
+// All of that, for pixels whose `channels` channels, a multiple of 8, are followed by zeros up to STEPS · 16.  The
 // factors are pairs of gamma, then of beta, for each pair of channels.
 template <int STEPS>
 __device__ void normalise_pixels(uint32_t (&x)[STEPS][4], const uint2* factors, int channels, float epsilon,

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 terms[n] = *reinterpret_cast<const __half2*>(biases + chunk * kChunk + n * 8 + 2 * pair);
             }
             wait_for_product<decltype(later)::value>(sums);
-            if (origin >= pixels) return;  // a box that is not stored could be written before the last one has left it
+            if (origin >= pixels) return;  // nothing to store, so nothing to write: see wait_for_stores
             unsigned char* const box = stagings + staging * kStagingBytes;
             staging = (staging + 1) % Sizes::kStagings;
             if (lane == 0) wait_for_stores<Sizes::kStagings - 1>();  // until the box may be used again

@@ -87,7 +87,8 @@ def test_kernel_is_the_reference(shape, subtract_mean, dtype):
     weight, bias = (torch.randn(shape[1], device="cuda").clamp(-1, 1).to(dtype) for _ in range(2))
     y = launch(x, weight, bias, 1e-5, subtract_mean)
     kernels.assert_close(y, channel_layer_norm(x, weight, bias, 1e-5, subtract_mean))
-    assert torch.equal(y, launch(x, weight, bias, 1e-5, subtract_mean))
+    with kernels.busy_memory():
+        assert torch.equal(y, launch(x, weight, bias, 1e-5, subtract_mean))
 
 
 @pytest.mark.gpu

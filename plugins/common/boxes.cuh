@@ -26,7 +26,7 @@ __device__ inline void copy_box(void* target, const CUtensorMap& matrices, int c
         : "memory");
 }
 
-// Starts to copy the box at column, row out of shared memory, where everyone has called publish_to_async since; what
+// Starts to copy the box at column, row out of shared memory, where everyone has called fence_proxy_async since; what
 // lies beyond the matrix is left out.
 __device__ inline void store_box(const CUtensorMap& matrix, int column, int row, const void* source) {
     asm volatile(

@@ -67,8 +67,10 @@ __device__ inline void expect_copies(uint64_t* barrier, int bytes) {
 
 __device__ inline void wait_for_copies(uint64_t* barrier) { wait_for_phase(barrier, 0); }
 
-// Makes what this thread has stored in shared memory visible to copies out of it and to wgmma, behind the next barrier.
-__device__ inline void publish_to_async() {
+// Between what this thread does in shared memory and copies that begin behind the next barrier: what it has stored is
+// visible to copies out of it and to wgmma, and what it loads is not overwritten by copies into it.  A barrier alone
+// does neither: loads may still be on their way, and copies do not queue behind them.
+__device__ inline void fence_proxy_async() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif

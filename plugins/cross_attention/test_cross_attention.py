@@ -77,7 +77,8 @@ def test_kernel_is_the_reference(sizes, dtype):
     scale = 2 * head_dim**-0.5
     y = launch(query, key, value, scale)
     kernels.assert_close(y, cross_attention(query, key, value, scale))
-    assert torch.equal(y, launch(query, key, value, scale))
+    with kernels.busy_memory():
+        assert torch.equal(y, launch(query, key, value, scale))
 
 
 @pytest.mark.gpu

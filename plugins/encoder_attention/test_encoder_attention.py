@@ -70,7 +70,8 @@ def test_kernel_is_the_reference(sizes, dtype):
     scale = 2 * head_dim**-0.5
     y = launch(q, k, v, heads, scale)
     kernels.assert_close(y, encoder_attention(q, k, v, heads, scale))
-    assert torch.equal(y, launch(q, k, v, heads, scale))
+    with kernels.busy_memory():
+        assert torch.equal(y, launch(q, k, v, heads, scale))
 
 
 def exact(*shape, dtype=torch.float16):

@@ -146,7 +146,7 @@ class NormalisedTile {
             auto* const ones = reinterpret_cast<uint4*>(matrices + 2 * STEPS * kPackBytes);
             if (lane < 16) *ones = make_uint4(one, one, one, one);
         }
-        publish_to_async();
+        fence_proxy_async();
     }
 
     // A row of the tile, from the one above it on: its first 16 channels.
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(Block<STEPS>::kThreads, Block<STEPS>::kBlocks)
                 store_matrices_transposed(corner + lane / 8 * 32,
                                           {as_word(gate[0]), as_word(gate[1]), as_word(gate[2]), as_word(gate[3])});
                 store_matrix_transposed(corner + 128, as_word(gate[4]));
-                publish_to_async();
+                fence_proxy_async();
                 __syncwarp();
                 if (lane == 0) store_box(gated, channel, column, image * a.height + row + i - 2, stage);
             }

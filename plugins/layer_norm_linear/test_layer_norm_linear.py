@@ -95,7 +95,9 @@ def launch(x, gamma, beta, weight, bias, activation):
         assert y[rows * outputs :].isnan().all()
         return h[: rows * inputs].view(rows, inputs), y[: rows * outputs].view(rows, outputs)
 
-    first, second = run(), run()
+    first = run()
+    with kernels.busy_memory():
+        second = run()
     assert all(map(torch.equal, first, second))
     return first
 

@@ -96,7 +96,9 @@ def launch(x, gamma, beta, weight, bias):
         assert all(output[rows * size :].isnan().all() for output, size in zip(outputs, widths))
         return [output[: rows * size].view(rows, size) for output, size in zip(outputs, widths)]
 
-    first, second = run(), run()
+    first = run()
+    with kernels.busy_memory():
+        second = run()
     assert all(map(torch.equal, first, second))
     return first
 

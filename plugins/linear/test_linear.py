@@ -93,7 +93,9 @@ def launch(x, weight, bias, activation):
         assert y[rows * outputs :].isnan().all()
         return y[: rows * outputs].view(rows, outputs)
 
-    first, second = run(), run()
+    first = run()
+    with kernels.busy_memory():
+        second = run()
     assert torch.equal(first.nan_to_num(7), second.nan_to_num(7))
     return first
 

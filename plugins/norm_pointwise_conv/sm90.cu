@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int place = place_in_box(own + lane % 16, k % 4 * 2 + lane / 16);
             load_matrices(x[k], reinterpret_cast<const __half*>(boxes + k / 4 * kBoxBytes + place));
         }
-        __syncthreads();  // everyone has read them
+        fence_proxy_async();  // a copy does not queue behind loads that are still on their way, as a warp's own do
+        __syncthreads();      // everyone has read them
         if (threadIdx.x == 0 && tile + static_cast<int>(gridDim.y) < tiles) fetch(tile + gridDim.y);
         normalise_pixels(x, factors, STEPS * 16, epsilon, subtract_mean);
 
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 }
                 store_matrices(box + place_in_box(lane % 16, n + lane / 16), words);
             }
-            publish_to_async();
+            fence_proxy_async();
             __syncwarp();
             if (lane == 0) store_box(result_boxes, first + chunk * kChunk, origin, box);
         };

@@ -85,7 +85,8 @@ def launch(x, norm_weight, norm_bias, weight, bias, subtract_mean):
         return y[:elements]
 
     y = run()
-    assert torch.equal(y, run())
+    with kernels.busy_memory():
+        assert torch.equal(y, run())
     return kernels.channel_first(y.view(shape), outputs)
 
 

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
                 return reinterpret_cast<__half*>(box + place_in_box(output, channel % S::kColumns / 8)) + channel % 8;
             },
             channels);
-        publish_to_async();
+        fence_proxy_async();
         __syncthreads();
     }
 

@@ -107,7 +107,8 @@ def launch(x, weight, bias, residual):
         return y[: added.numel()]
 
     y = run()
-    assert torch.equal(y, run())
+    with kernels.busy_memory():
+        assert torch.equal(y, run())
     return kernels.channel_first(y.view(added.shape), outputs)
 
 

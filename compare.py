@@ -12,7 +12,7 @@
 Each executor runs in a process of its own, on the same inputs:
 
     pytorch        the model as its authors run it; in FP32 it is the reference
-    torch.compile  the same parts, compiled
+    torch.compile  the same parts, compiled; where sizes are timed, for each one by itself
     onnxruntime    the exported graphs, on the CPU
     patched        the patched graphs in ONNX Runtime, per precision, on the CPU
     tensorrt       the engines, per precision; with --baseline also those of a build folder made without plugins
@@ -158,14 +158,23 @@ class TorchExecutor:
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
         loaded.to(self.device, self.dtype)
         self.parts = {exportable.part.name: exportable.part for exportable in loaded.parts}
-        self.modules: Dict[str, Any] = {exportable.part.name: exportable.module for exportable in loaded.parts}
-        if compiled:
-            mode = "reduce-overhead" if self.device == "cuda" else "default"
-            self.modules = {name: torch.compile(module, mode=mode) for name, module in self.modules.items()}
+        self.eager: Dict[str, Any] = {exportable.part.name: exportable.module for exportable in loaded.parts}
+        self.modules = self.eager
         self.compiled = compiled
+        if compiled:
+            self.compile()
         self.recording = False
         self.recorded: Dict[str, Dict[str, np.ndarray]] = {}
         self.calls: Counter[str] = Counter()
+
+    def compile(self, each_size: bool = False) -> None:
+        """Has the parts compiled anew: for each size by itself, or, as PyTorch chooses, from a second one on for any."""
+        self.torch.compiler.reset()
+        self.torch._dynamo.config.recompile_limit = 64
+        mode, dynamic = "reduce-overhead" if self.device == "cuda" else "default", False if each_size else None
+        self.modules = {
+            name: self.torch.compile(module, mode=mode, dynamic=dynamic) for name, module in self.eager.items()
+        }
 
     def tensors(self, part: str, inputs: Mapping[str, Any]) -> List[torch.Tensor]:
         """The inputs of a part on the device; approximate ones in the module's type."""
@@ -196,8 +205,9 @@ class TorchExecutor:
         return self.parts[part].limits()
 
     def latencies(self, part: str, inputs: Mapping[str, Any], repeats: int) -> List[float]:
-        tensors, measured = self.tensors(part, inputs), []
+        measured = []
         with self.torch.inference_mode():
+            tensors = self.tensors(part, inputs)  # here, where `run` makes them: others would be compiled for again
             for _ in range(WARM_UPS + repeats):
                 self.synchronize()
                 started = time.perf_counter()
@@ -265,6 +275,8 @@ def work(folder: BuildFolder, label: str, shared: Path) -> None:
     sized: Dict[str, Dict[str, np.ndarray]] = {}
     timed_ms: Dict[str, List[float]] = {}
     if gpu_name() is not None and kind in GPU_KINDS:
+        if kind == "torch.compile":
+            torch_executor.compile(each_size=True)
         for name, call in whole.items():
             with suppress(Unusable):  # larger than the engines were built for
                 call()  # twice: the second call finds in other places what the first has made
@@ -574,7 +586,7 @@ def compare(
         reference: Optional[Measurement] = None
         for label in labels:
             compiles = kind_and_precision(label)[0] == "torch.compile"
-            hint = " (it compiles for each size, minutes for large models)" if compiles else ""
+            hint = " (it compiles, which takes minutes for large models)" if compiles else ""
             print(f"running {label} …{hint}", flush=True)
             source = baseline if baseline and label.endswith(BASELINE) else folder
             python = trt if kind_and_precision(label)[0] == "tensorrt" else sys.executable

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int place = place_in_box(own + lane % 16, k % 4 * 2 + lane / 16);
             load_matrices(x[k], reinterpret_cast<const __half*>(boxes + k / 4 * kBoxBytes + place));
         }
-        fence_proxy_async();  // a copy does not queue behind loads that are still on their way, as a warp's own do
+        fence_proxy_async();  // the copy would overtake loads that are still on their way
         __syncthreads();      // everyone has read them
         if (threadIdx.x == 0 && tile + static_cast<int>(gridDim.y) < tiles) fetch(tile + gridDim.y);
         normalise_pixels(x, factors, STEPS * 16, epsilon, subtract_mean);

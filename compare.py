@@ -168,7 +168,7 @@ class TorchExecutor:
         self.calls: Counter[str] = Counter()
 
     def compile(self, each_size: bool = False) -> None:
-        """Has the parts compiled anew: for each size by itself, or, as PyTorch chooses, from a second one on for any."""
+        """Compiles the parts anew: for each size by itself, or, as PyTorch chooses, from a second one on for any."""
         self.torch.compiler.reset()
         self.torch._dynamo.config.recompile_limit = 64
         mode, dynamic = "reduce-overhead" if self.device == "cuda" else "default", False if each_size else None

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+import torch
 
 import compare
 import infer_trt
@@ -177,6 +178,25 @@ def test_tensorrt_that_cannot_use_the_gpu(made):
     tensorrt = TensorRT(SimpleNamespace(Builder=builder, __version__="11.2"), "TensorRT", builds_without_gpu=False)
     with pytest.raises(Unusable, match="TensorRT 11.2 cannot start here: is a GPU there, and its driver new enough?"):
         tensorrt.started("Builder", None)
+
+
+@pytest.mark.parametrize(("each_size", "graphs"), [(False, 2), (True, 3)])
+def test_compiled_parts_are_those_of_pytorch_at_every_size(each_size, graphs):
+    part = Part(
+        "linear", (TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y", "float32", ("batch", 4), True),), ()
+    )
+    module = torch.nn.Linear(4, 4)
+    loaded = SimpleNamespace(parts=[SimpleNamespace(part=part, module=module)], to=module.to)
+    executor = compare.TorchExecutor(loaded, "fp32", compiled=True)
+    executor.compile(each_size)
+    torch._dynamo.utils.counters.clear()
+    for batch in (2, 3, 5):
+        x = np.random.default_rng(batch).random((batch, 4), np.float32)
+        kept = [executor.run("linear", {"x": x + offset})["y"] for offset in (0, 1)]
+        assert len(executor.latencies("linear", {"x": x}, 2)) == 2
+        for offset, y in enumerate(kept):
+            torch.testing.assert_close(y, module(torch.from_numpy(x + offset)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_errors_keep_nan():

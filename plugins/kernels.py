@@ -44,9 +44,9 @@ beside_copies = False  # whether `launch` calls `start_copies` first
 
 @contextlib.contextmanager
 def busy_memory() -> Iterator[None]:
-    """Meanwhile, kernels are launched beside copies on another stream, which have the same multiprocessors.
+    """Meanwhile, `launch` starts copies on another stream first, which share multiprocessors with the kernel.
 
-    There, both what a kernel waits for and what it reads without waiting comes late: some races show nowhere else.
+    What a kernel loads and stores takes longer there: some races show nowhere else.
     """
     global beside_copies
     beside_copies = True
@@ -58,12 +58,13 @@ def busy_memory() -> Iterator[None]:
 
 @functools.cache
 def copied() -> tuple[torch.cuda.Stream, Tensor, Tensor]:
+    """A stream for copies, their source and their target."""
     source, target = (torch.zeros(1 << 28, dtype=torch.uint8, device="cuda") for _ in range(2))
     return torch.cuda.Stream(), source, target
 
 
 def start_copies() -> None:
-    """About two milliseconds' work for an H100's memory."""
+    """Starts copies that keep an H100's memory busy for about two milliseconds."""
     stream, source, target = copied()
     with torch.cuda.stream(stream):
         for _ in range(10):
